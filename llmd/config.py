@@ -1,0 +1,106 @@
+"""Frozen configuration, one struct a component. Resolved once by `llmd.cli`; nobody writes to it afterwards.
+
+A child process gets only its own slice, as the first frame on its control socket.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+SECONDS = 1.0
+MIB = 1 << 20
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelConfig(Struct, frozen=True, kw_only=True):
+    """Which model, and how it is presented."""
+
+    source: str | None = None  # folder, .gguf file or hub id; None = the demo model
+    revision: str | None = None  # of a hub id
+    cache_dir: str  # where downloads and conversions go
+    served_names: tuple[str, ...]  # names that answer to; the first is the one that is shown
+    dtype: Dtype = "auto"
+    max_model_len: int | None = None  # None = what the model allows, reduced to fit the memory
+    chat_template: str | None = None  # Jinja source that replaces the model's own
+    use_model_defaults: bool = False  # sampling defaults from generation_config.json
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None  # compute threads on a CPU; None = one a free core
+
+
+class CacheConfig(Struct, frozen=True, kw_only=True):
+    """The paged KV cache."""
+
+    block_size: int = 16  # tokens
+    memory_bytes: int | None = None  # None = from the memory that is free
+    memory_utilization: float = 0.9  # share of a GPU's memory for everything
+    prefix_caching: bool = True
+
+
+class SchedulerConfig(Struct, frozen=True, kw_only=True):
+    """What may run at once."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512  # tokens a step
+    max_steps_in_flight: int = 2
+    policy: Literal["fcfs", "priority"] = "fcfs"
+
+
+class HttpConfig(Struct, frozen=True, kw_only=True):
+    """The HTTP side."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    num_frontends: int = 1
+    response_role: str = "assistant"
+    max_body_bytes: int = 16 * MIB
+    body_timeout: float = 30 * SECONDS  # for a whole request body to come in
+    write_timeout: float = 30 * SECONDS  # for a client that does not read
+    keep_alive_timeout: float = 75 * SECONDS
+    drain_timeout: float = 30 * SECONDS  # for running work after SIGTERM
+    max_logprobs: int = 20
+
+
+class ServerConfig(Struct, frozen=True, kw_only=True):
+    """A server process: `python -m llmd.server`."""
+
+    model: ModelConfig
+    http: HttpConfig
+    listen_fds: tuple[int, ...]  # inherited listening TCP sockets
+    engine_path: str  # unix socket of the engine; connecting waits until the engine accepts
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True):
+    """An engine process: `python -m llmd.engine`."""
+
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    server_listen_fd: int  # inherited listening unix socket for servers
+    worker_listen_fd: int  # the same for ranks
+    num_ranks: int
+
+
+class WorkerConfig(Struct, frozen=True, kw_only=True):
+    """A worker process, one device rank: `python -m llmd.worker`."""
+
+    model: ModelConfig
+    model_dir: str  # a safetensors folder
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    rank: int
+    engine_path: str  # unix socket on which the engine awaits its ranks
+
+
+class FetchConfig(Struct, frozen=True, kw_only=True):
+    """A fetcher process, `python -m llmd.fetch`: turns what the user named into a safetensors folder, and ends."""
+
+    model: ModelConfig
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """Everything, as the supervisor knows it."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    http: HttpConfig
