@@ -1,0 +1,229 @@
+"""What can be typed: every flag with its group, type and help. Knows nothing of what becomes of it.
+
+Names are vLLM's where it has one. A configuration file (TOML) holds the same names; a flag wins over the file.
+"""
+
+import argparse
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmd import __version__
+from llmd.errors import StartupFailed
+
+_DEVICES = ("auto", "cpu", "cuda")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the `llmd` command; the chosen command's function is in `flags.run`."""
+    parser = _parser(prog="llmd", description="An open-weights language model behind the OpenAI HTTP API.")
+    parser.add_argument("--version", action="version", version=f"llmd {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_parser)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model",
+        description="Serve a model behind the OpenAI HTTP API.",
+        epilog="Example: llmd serve --model ./Llama-3.2-1B-Instruct --port 8000",
+    )
+    _add_serving_flags(serve)
+    serve.set_defaults(run=_run_serve)
+    check = commands.add_parser(
+        "check",
+        help="print what `serve` would do, without serving",
+        description="Print what `serve` would do with the same flags: family, parameters, memory, context, template.",
+    )
+    _add_serving_flags(check)
+    check.set_defaults(run=_run_check)
+    return parser
+
+
+def token_count(text: str) -> int:
+    """A number of tokens: 8192, 32k (decimal thousand, as vLLM reads it), 32K (1024)."""
+    return _scaled(text, {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2})
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes: 1073741824, 4G, 512M (powers of 1024)."""
+    return _scaled(text.upper(), {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40})
+
+
+def _scaled(text: str, units: dict[str, int]) -> int:
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    value = int(float(number) * unit)
+    if value <= 0:
+        raise ValueError(f"{text} is not positive")
+    return value
+
+
+def _parser(**settings: Any) -> argparse.ArgumentParser:
+    # abbreviations would turn tomorrow's flag into an error for today's users
+    return argparse.ArgumentParser(
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+        **settings,
+    )
+
+
+def _at_least(minimum: float, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = convert(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return value
+
+    return parse
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def _block_size(text: str) -> int:
+    value = int(text)
+    if value not in (16, 32, 64):
+        raise argparse.ArgumentTypeError(f"{text} is not 16, 32 or 64")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port")
+    return value
+
+
+def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
+    positive = _at_least(1, int)
+    seconds = _at_least(0, float)
+
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the same names; flags win over it")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
+    model.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="Hugging Face folder, .gguf file or hub id; without it the demo model SmolLM2-135M-Instruct",
+    )
+    model.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
+    model.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names to answer to; the first is shown")
+    model.add_argument("--dtype", choices=_DTYPES, default="auto", help="of weights and computation (default: auto)")
+    model.add_argument(
+        "--max-model-len",
+        type=token_count,
+        metavar="N",
+        help="tokens of prompt and answer, e.g. 8192 or 32k (default: what the model allows and memory holds)",
+    )
+    model.add_argument("--chat-template", metavar="FILE", help="Jinja template instead of the model's own, or its text")
+    model.add_argument(
+        "--generation-config",
+        choices=("openai", "auto"),
+        default="openai",
+        help="where sampling defaults come from: OpenAI's, or auto: the model's generation_config.json",
+    )
+    model.add_argument("--download-dir", metavar="DIR", help="where downloads and conversions go")
+
+    device = parser.add_argument_group("device and memory")
+    device.add_argument("--device", choices=_DEVICES, default="auto", help="(default: auto)")
+    device.add_argument("--threads", type=positive, metavar="N", help="compute threads on a CPU (default: one a core)")
+    device.add_argument(
+        "--gpu-memory-utilization", type=_fraction, default=0.9, metavar="X", help="share of the GPU (default: 0.9)"
+    )
+    device.add_argument("--kv-cache-memory-bytes", type=byte_count, metavar="N", help="size of the KV cache, e.g. 4G")
+    device.add_argument("--block-size", type=_block_size, default=16, metavar="N", help="tokens a KV block (default: 16)")
+    device.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reuse the KV of equal prefixes (default: on)",
+    )
+
+    scheduling = parser.add_argument_group("scheduling")
+    scheduling.add_argument(
+        "--max-num-seqs", type=positive, default=64, metavar="N", help="sequences that run at once (default: 64)"
+    )
+    scheduling.add_argument(
+        "--max-num-batched-tokens",
+        type=_at_least(8, token_count),
+        metavar="N",
+        help="tokens a step (default: 256 on a CPU, 2048 on a GPU)",
+    )
+    scheduling.add_argument(
+        "--scheduling-policy",
+        choices=("fcfs", "priority"),
+        default="fcfs",
+        help="order of waiting requests; priority: the lowest `priority` field first (default: fcfs)",
+    )
+
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    http.add_argument("--port", type=_port, default=8000, help="0 takes a free one and prints it (default: 8000)")
+    http.add_argument(
+        "--api-server-count", type=positive, default=1, metavar="N", help="server processes on the port (default: 1)"
+    )
+    http.add_argument("--response-role", default="assistant", metavar="ROLE", help="role of answers (default: assistant)")
+    http.add_argument("--max-logprobs", type=_at_least(0, int), default=20, metavar="N", help="(default: 20)")
+    http.add_argument(
+        "--max-body-bytes", type=byte_count, default=16 << 20, metavar="N", help="of one request (default: 16M)"
+    )
+    http.add_argument(
+        "--keep-alive-timeout", type=seconds, default=75.0, metavar="SECONDS", help="idle connections (default: 75)"
+    )
+    http.add_argument(
+        "--drain-timeout",
+        type=seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for running requests after SIGTERM or Ctrl-C (default: 30)",
+    )
+
+
+def with_config_file(argv: list[str]) -> list[str]:
+    """The arguments with those of `--config FILE` put before them, as if they had been typed first: later ones win.
+
+    Raises StartupFailed if the file cannot be read or is not TOML.
+    """
+    finder = _parser(add_help=False)
+    finder.add_argument("--config", type=Path)
+    known, rest = finder.parse_known_args(argv)
+    if known.config is None or not rest:
+        return argv
+    try:
+        settings = tomllib.loads(known.config.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise StartupFailed(f"--config {known.config}: {error}") from error
+    command, *typed = rest
+    # --config itself comes last, so that a list in the file cannot take the first typed argument for its own
+    return [command, *_as_arguments(settings), "--config", str(known.config), *typed]
+
+
+def _as_arguments(settings: dict[str, Any]) -> list[str]:
+    arguments: list[str] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        match value:
+            case bool():
+                arguments.append(f"--{flag}" if value else f"--no-{flag}")
+            case list():
+                arguments += [f"--{flag}", *map(str, value)]
+            case _:
+                arguments += [f"--{flag}", str(value)]
+    return arguments
+
+
+def _run_serve(flags: argparse.Namespace) -> int:
+    # the command's own imports, so that `--help` and a wrong flag answer at once
+    from llmd.cli.serve import serve
+
+    return serve(flags)
+
+
+def _run_check(flags: argparse.Namespace) -> int:
+    from llmd.cli.check import check
+
+    return check(flags)

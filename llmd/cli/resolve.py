@@ -1,0 +1,87 @@
+"""From what was typed to what is meant: flags become a `Config`, in one place. Knows no process and no model file."""
+
+import argparse
+from pathlib import Path
+
+from llmd.config import CacheConfig, Config, HttpConfig, ModelConfig, SchedulerConfig
+from llmd.errors import StartupFailed
+from llmd.fetch.source import DEMO_MODEL_NAME, default_cache_dir
+
+# A step on a CPU takes about 4 ms a token: more tokens would make everyone's next token wait too long.
+_CPU_STEP_TOKENS = 256
+_GPU_STEP_TOKENS = 2048
+
+
+def resolve(flags: argparse.Namespace) -> Config:
+    """The configuration that these flags ask for. Raises StartupFailed where they contradict one another."""
+    source = _source(flags)
+    model = ModelConfig(
+        source=source,
+        revision=flags.revision,
+        cache_dir=flags.download_dir or str(default_cache_dir()),
+        served_names=tuple(flags.served_model_name or [shown_name(source)]),
+        dtype=flags.dtype,
+        max_model_len=flags.max_model_len,
+        chat_template=_chat_template(flags.chat_template),
+        use_model_defaults=flags.generation_config == "auto",
+        device=flags.device,
+        threads=flags.threads,
+    )
+    cache = CacheConfig(
+        block_size=flags.block_size,
+        memory_bytes=flags.kv_cache_memory_bytes,
+        memory_utilization=flags.gpu_memory_utilization,
+        prefix_caching=flags.enable_prefix_caching,
+    )
+    scheduler = SchedulerConfig(
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens or _step_tokens(flags.device),
+        policy=flags.scheduling_policy,
+    )
+    http = HttpConfig(
+        host=flags.host,
+        port=flags.port,
+        num_frontends=flags.api_server_count,
+        response_role=flags.response_role,
+        max_body_bytes=flags.max_body_bytes,
+        keep_alive_timeout=flags.keep_alive_timeout,
+        drain_timeout=flags.drain_timeout,
+        max_logprobs=flags.max_logprobs,
+    )
+    return Config(model=model, cache=cache, scheduler=scheduler, http=http)
+
+
+def shown_name(source: str | None) -> str:
+    """The name a model has if the operator gives it none: a hub id as it is, a folder's or file's own name."""
+    if source is None:
+        return DEMO_MODEL_NAME
+    path = Path(source)
+    if not path.exists():
+        return source
+    return path.resolve().name.removesuffix(".gguf")
+
+
+def _source(flags: argparse.Namespace) -> str | None:
+    argument, option = flags.model_argument, flags.model
+    if argument and option and argument != option:
+        raise StartupFailed(f"two models are named: {argument} and --model {option}")
+    source: str | None = argument or option
+    return source
+
+
+def _chat_template(value: str | None) -> str | None:
+    if value is None:
+        return None
+    # a template's text has braces or line ends, which no sane file name has
+    if "{" in value or "\n" in value:
+        return value
+    try:
+        return Path(value).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupFailed(f"--chat-template {value}: {error}") from error
+
+
+def _step_tokens(device: str) -> int:
+    # the real question, "does torch see a GPU", would cost the import of torch here
+    has_gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
+    return _GPU_STEP_TOKENS if has_gpu else _CPU_STEP_TOKENS

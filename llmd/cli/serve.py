@@ -1,0 +1,48 @@
+"""`llmd serve`: the port first, then the children, then the event loop that watches over them."""
+
+import argparse
+import errno
+import socket
+import sys
+from pathlib import Path
+
+from llmd import __version__
+from llmd.errors import StartupFailed
+from llmd.supervisor.processes import listen_tcp
+
+
+def serve(flags: argparse.Namespace) -> int:
+    """Run a server until it is told to stop. Returns the exit status."""
+    listener = _listen(flags.host, flags.port)
+
+    # The port is open from here on. What is imported now took its time away from a client that could already connect.
+    from llmd.cli.resolve import resolve
+    from llmd.fetch.source import find_ready
+    from llmd.supervisor.start import Sockets, start_first_children
+
+    config = resolve(flags)
+    model_dir = find_ready(config.model.source, revision=config.model.revision, cache_dir=Path(config.model.cache_dir))
+    host, port = listener.getsockname()[:2]
+    shown_host = f"[{host}]" if ":" in host else host
+    print(f"llmd {__version__} · {config.model.served_names[0]} · http://{shown_host}:{port}", file=sys.stderr)
+    sockets = Sockets.open((listener,))
+    try:
+        first = start_first_children(config, sockets, model_dir=model_dir)
+
+        # the children are on their way: their imports take longer than ours
+        import trio
+
+        from llmd.supervisor.supervise import supervise
+
+        return trio.run(lambda: supervise(config, sockets, first, model_dir=str(model_dir) if model_dir else None))
+    finally:
+        sockets.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return listen_tcp(host, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartupFailed(f"port {port} on {host} is taken; choose another with --port") from error
+        raise StartupFailed(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -1,0 +1,94 @@
+"""From configuration to sockets and child processes. No event loop: this runs before the supervisor imports one."""
+
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmd.config import Config, EngineConfig, FetchConfig, ServerConfig, WorkerConfig
+from llmd.supervisor.processes import Process, listen_unix, spawn
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """What the supervisor holds for as long as it lives, whoever dies: nobody's port ever closes."""
+
+    http: tuple[socket.socket, ...]
+    run_dir: Path  # private to this user; the unix sockets lie here
+    servers: socket.socket  # where an engine accepts servers
+    ranks: socket.socket  # where an engine accepts its ranks
+
+    @classmethod
+    def open(cls, http: tuple[socket.socket, ...]) -> "Sockets":
+        run_dir = Path(tempfile.mkdtemp(prefix="llmd-"))
+        return cls(
+            http=http,
+            run_dir=run_dir,
+            servers=listen_unix(run_dir / "servers.sock"),
+            ranks=listen_unix(run_dir / "ranks.sock"),
+        )
+
+    def close(self) -> None:
+        for listener in (*self.http, self.servers, self.ranks):
+            listener.close()
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGroup:
+    """An engine and its ranks. They live and die together: what they hold can be computed again."""
+
+    engine: Process
+    workers: tuple[Process, ...]
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        return (self.engine, *self.workers)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstChildren:
+    """The children that are started at once."""
+
+    servers: tuple[Process, ...]
+    fetcher: Process | None  # if the model is not yet there
+    engine_group: EngineGroup | None  # if it is
+
+
+def start_first_children(config: Config, sockets: Sockets, *, model_dir: Path | None) -> FirstChildren:
+    """Start everything that can start now. The slowest first: a worker has torch to import."""
+    engine_group = start_engine_group(config, sockets, model_dir=str(model_dir)) if model_dir else None
+    fetcher = None if model_dir else spawn(FetchConfig(model=config.model))
+    servers = tuple(start_server(config, sockets) for _ in range(config.http.num_frontends))
+    return FirstChildren(servers=servers, fetcher=fetcher, engine_group=engine_group)
+
+
+def start_server(config: Config, sockets: Sockets) -> Process:
+    fds = tuple(listener.fileno() for listener in sockets.http)
+    server = ServerConfig(
+        model=config.model, http=config.http, listen_fds=fds, engine_path=sockets.servers.getsockname()
+    )
+    return spawn(server, pass_fds=fds)
+
+
+def start_engine_group(config: Config, sockets: Sockets, *, model_dir: str) -> EngineGroup:
+    worker = WorkerConfig(
+        model=config.model,
+        model_dir=model_dir,
+        cache=config.cache,
+        scheduler=config.scheduler,
+        rank=0,
+        engine_path=sockets.ranks.getsockname(),
+    )
+    engine = EngineConfig(
+        cache=config.cache,
+        scheduler=config.scheduler,
+        server_listen_fd=sockets.servers.fileno(),
+        worker_listen_fd=sockets.ranks.fileno(),
+        num_ranks=1,
+    )
+    workers = (spawn(worker),)
+    return EngineGroup(
+        engine=spawn(engine, pass_fds=(engine.server_listen_fd, engine.worker_listen_fd)), workers=workers
+    )

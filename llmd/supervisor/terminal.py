@@ -1,0 +1,56 @@
+"""What the operator sees of a starting server: one line a fact, and a bar for what takes long."""
+
+import sys
+import time
+
+from llmd.protocol.control import Stage, SystemState
+
+_BAR_WIDTH = 30
+# a log file is not a terminal: there, one line a quarter of the way is enough
+_LOG_STEPS = 4
+
+
+class Terminal:
+    """Writes to stderr. On a terminal a bar is drawn over itself; in a log each stage gets a few lines."""
+
+    def __init__(self) -> None:
+        self._interactive = sys.stderr.isatty()
+        self._started = time.monotonic()
+        self._bar_drawn = False
+        self._logged: tuple[str, int] | None = None
+
+    def line(self, text: str) -> None:
+        """Print one line, clear of the bar."""
+        self._clear_bar()
+        print(text, file=sys.stderr, flush=True)
+
+    def show(self, state: SystemState) -> None:
+        """Show a change of the system's state."""
+        if state.stage is Stage.READY:
+            self.line(f"ready after {time.monotonic() - self._started:.1f} s")
+        elif state.stage is Stage.FAILED:
+            self.line(f"failed: {state.detail}")
+        elif self._interactive and state.progress is not None:
+            self._draw_bar(state.detail, state.progress)
+        else:
+            self._log(state)
+
+    def _log(self, state: SystemState) -> None:
+        quarter = int((state.progress or 0.0) * _LOG_STEPS)
+        if (state.detail, quarter) == self._logged or not state.detail:
+            return
+        self._logged = (state.detail, quarter)
+        percent = f" {state.progress:.0%}" if state.progress is not None else ""
+        self.line(f"{state.detail}{percent}")
+
+    def _draw_bar(self, label: str, progress: float) -> None:
+        filled = round(progress * _BAR_WIDTH)
+        bar = "█" * filled + "░" * (_BAR_WIDTH - filled)
+        sys.stderr.write(f"\r\x1b[K{label} {bar} {progress:4.0%}")
+        sys.stderr.flush()
+        self._bar_drawn = True
+
+    def _clear_bar(self) -> None:
+        if self._bar_drawn:
+            sys.stderr.write("\r\x1b[K")
+            self._bar_drawn = False

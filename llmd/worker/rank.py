@@ -1,0 +1,86 @@
+"""A rank's life: load the model, lay out memory, meet the engine, run its plans in order."""
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llmd.child import ControlChannel
+from llmd.config import SchedulerConfig, WorkerConfig
+from llmd.model.checkpoint import load_decoder
+from llmd.model.kv_cache import allocate_kv_cache
+from llmd.model.spec import load_spec
+from llmd.protocol.control import ChildProgress, ChildReady, Line, Stage
+from llmd.protocol.framing import FrameDecoder, encode_frame
+from llmd.protocol.steps import EngineToWorker, RankReady
+from llmd.worker.device import available_memory, choose_device, choose_dtype, num_free_cores
+from llmd.worker.memory import plan_memory
+from llmd.worker.runner import Runner
+
+_RECEIVE_SIZE = 1 << 18  # bytes
+_PROGRESS_INTERVAL = 0.1  # seconds between two messages
+
+
+def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
+    """Serve one engine. Returns when it is gone. Raises StartupFailed if the model cannot be run here."""
+    device = choose_device(config.model.device)
+    dtype = choose_dtype(config.model.dtype, device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.model.threads or num_free_cores())
+
+    model_dir = Path(config.model_dir)
+    spec = load_spec(model_dir)
+    memory = plan_memory(
+        spec,
+        dtype_bytes=dtype.itemsize,
+        available_bytes=available_memory(device),
+        on_cpu=device.type == "cpu",
+        model=config.model,
+        cache=config.cache,
+        scheduler=config.scheduler,
+    )
+    for line in memory.lines():
+        control.send(Line(line))
+    model = load_decoder(
+        model_dir,
+        dtype=dtype,
+        device=device,
+        max_model_len=memory.max_model_len,
+        progress=_report_progress(control),
+    )
+    # one block more than the scheduler knows of: padding tokens write there
+    kv = allocate_kv_cache(
+        spec, num_blocks=memory.num_blocks + 1, block_size=config.cache.block_size, dtype=dtype, device=device
+    )
+    runner = Runner(
+        model, kv, num_blocks=memory.num_blocks, block_size=config.cache.block_size, device=device
+    )
+    control.send(ChildReady())
+    ready = RankReady(rank=config.rank, num_blocks=memory.num_blocks, max_model_len=memory.max_model_len)
+    _serve(runner, config.engine_path, ready)
+
+
+def _serve(runner: Runner, engine_path: str, ready: RankReady) -> None:
+    """Plans come faster than they are done: the next one is usually here when a step ends."""
+    decoder: FrameDecoder[EngineToWorker] = FrameDecoder(EngineToWorker)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as engine:
+        engine.connect(engine_path)
+        engine.sendall(encode_frame(ready))
+        while data := engine.recv(_RECEIVE_SIZE):
+            for plan in decoder.feed(data):
+                engine.sendall(encode_frame(runner.execute(plan)))
+
+
+def _report_progress(control: ControlChannel) -> Callable[[int, int], None]:
+    last_sent = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last_sent
+        now = time.monotonic()
+        if now - last_sent >= _PROGRESS_INTERVAL:
+            last_sent = now
+            control.send(ChildProgress(stage=Stage.LOADING, detail="loading weights", progress=done / total))
+
+    return report
