@@ -1,13 +1,12 @@
-"""Where this rank computes, in which precision, with how many threads."""
+"""Where this rank computes and in which precision."""
 
-import os
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from llmd.config import Dtype
 from llmd.errors import StartupFailed
+from llmd.machine import available_main_memory
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -29,35 +28,9 @@ def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def num_free_cores() -> int:
-    """Cores that this process may use: its affinity, less what a container's quota leaves of them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on the device; of main memory, what the kernel and a container's limit leave."""
+    """Bytes that can still be taken on the device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    limits = [_meminfo("MemAvailable")]
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text()
-    except OSError:
-        limit = "max"
-    if limit != "max":
-        limits.append(int(limit) - int(used))
-    return max(0, min(limits))
-
-
-def _meminfo(field: str) -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return available_main_memory()

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 
 from llmd.child import ControlChannel
-from llmd.config import SchedulerConfig, WorkerConfig
+from llmd.config import WorkerConfig
+from llmd.machine import num_free_cores
 from llmd.model.checkpoint import load_decoder
 from llmd.model.kv_cache import allocate_kv_cache
+from llmd.model.ledger import plan_memory
 from llmd.model.spec import load_spec
 from llmd.protocol.control import ChildProgress, ChildReady, Line, Stage
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.steps import EngineToWorker, RankReady
-from llmd.worker.device import available_memory, choose_device, choose_dtype, num_free_cores
-from llmd.worker.memory import plan_memory
+from llmd.worker.device import available_memory, choose_device, choose_dtype
 from llmd.worker.runner import Runner
 
 _RECEIVE_SIZE = 1 << 18  # bytes

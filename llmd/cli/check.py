@@ -1,0 +1,100 @@
+"""`llmd check`: what `serve` would do with the same flags, from files and arithmetic alone; no weight is loaded."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from llmd.cli.resolve import resolve
+from llmd.config import Config
+from llmd.errors import StartupFailed, UnsupportedModel
+from llmd.fetch import fetch
+from llmd.fetch.source import find_ready
+from llmd.machine import available_main_memory, num_free_cores
+from llmd.model.ledger import plan_memory
+from llmd.model.memory import num_parameters
+from llmd.model.spec import ModelSpec, parse_spec
+from llmd.text.chat_template import ChatTemplate
+from llmd.text.tokenizer import Tokenizer
+
+_FLOAT32_BYTES = 4
+_FLOAT16_BYTES = 2
+
+
+def check(flags: argparse.Namespace) -> int:
+    """Print a report. Returns the exit status; raises StartupFailed with what would stop `serve`."""
+    config = resolve(flags)
+    model_dir = _model_dir(config)
+    spec = _spec(model_dir)
+    for name, value in report(config, model_dir, spec):
+        print(f"{name:12} {value}")
+    return 0
+
+
+def report(config: Config, model_dir: Path, spec: ModelSpec) -> list[tuple[str, str]]:
+    """What would happen, as (name, value) lines."""
+    rows = [
+        ("model", f"{config.model.served_names[0]} in {model_dir}"),
+        ("family", spec.architecture),
+        ("parameters", f"{num_parameters(spec):,}"),
+        ("layers", _layers(spec)),
+    ]
+    if config.model.device == "cuda":
+        rows.append(("memory", "is worked out when the GPU's memory is known, at the start"))
+    else:
+        ledger = plan_memory(
+            spec,
+            dtype_bytes=_FLOAT16_BYTES if config.model.dtype.endswith("16") else _FLOAT32_BYTES,
+            available_bytes=available_main_memory(),
+            on_cpu=True,
+            model=config.model,
+            cache=config.cache,
+            scheduler=config.scheduler,
+        )
+        first, *others = ledger.lines()
+        rows.append(("memory", first.removeprefix("memory: ")))
+        rows += [("", line) for line in others]
+        rows.append(("threads", str(config.model.threads or num_free_cores())))
+    scheduler = config.scheduler
+    rows.append(("batch", f"{scheduler.max_num_seqs} sequences, {scheduler.max_num_batched_tokens} tokens a step"))
+    rows += _text_rows(config, model_dir)
+    return rows
+
+
+def _layers(spec: ModelSpec) -> str:
+    windows = sorted({layer.window for layer in spec.layers if layer.window})
+    windowed = sum(layer.window is not None for layer in spec.layers)
+    text = f"{len(spec.layers)}, {spec.num_heads} heads over {spec.num_kv_heads} KV heads of {spec.head_dim}"
+    return text + (f", {windowed} with a window of {windows[0]}" if windows else "")
+
+
+def _text_rows(config: Config, model_dir: Path) -> list[tuple[str, str]]:
+    tokenizer = Tokenizer.load(model_dir)
+    ends = ", ".join(tokenizer.token_text(token_id) for token_id in sorted(tokenizer.eos_token_ids))
+    template = ChatTemplate.load(model_dir, tokenizer, source=config.model.chat_template)
+    rows = [("tokenizer", f"{tokenizer.vocab_size:,} tokens, ends with {ends or 'nothing'}")]
+    if template is None:
+        return [*rows, ("template", "none: chat is refused; give one with --chat-template")]
+    prompt = template.render(
+        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, continue_final_message=False, kwargs={}
+    )
+    return [*rows, ("template", f"“Hello” becomes {json.dumps(prompt, ensure_ascii=False)}")]
+
+
+def _model_dir(config: Config) -> Path:
+    source, revision, cache_dir = config.model.source, config.model.revision, Path(config.model.cache_dir)
+    ready = find_ready(source, revision, cache_dir)
+    if ready is not None:
+        return ready
+    print("fetching the model", file=sys.stderr)
+    return fetch(source, revision=revision, cache_dir=cache_dir, progress=lambda done, detail: None)
+
+
+def _spec(model_dir: Path) -> ModelSpec:
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartupFailed(f"{model_dir / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UnsupportedModel(f"{model_dir / 'config.json'} is not a JSON object")
+    return parse_spec(config)
