@@ -26,4 +26,4 @@ def demo_model_dir() -> Path:
     from llmd.fetch import fetch
     from llmd.fetch.source import default_cache_dir
 
-    return fetch(None, revision=None, cache_dir=default_cache_dir(), progress=lambda done, detail: None)
+    return fetch(None, revision=None, cache_dir=default_cache_dir())

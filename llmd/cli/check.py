@@ -71,13 +71,13 @@ def _layers(spec: ModelSpec) -> str:
 def _text_rows(config: Config, model_dir: Path) -> list[tuple[str, str]]:
     tokenizer = Tokenizer.load(model_dir)
     ends = ", ".join(tokenizer.token_text(token_id) for token_id in sorted(tokenizer.eos_token_ids))
-    template = ChatTemplate.load(model_dir, tokenizer, source=config.model.chat_template)
-    rows = [("tokenizer", f"{tokenizer.vocab_size:,} tokens, ends with {ends or 'nothing'}")]
-    if template is None:
-        return [*rows, ("template", "none: chat is refused; give one with --chat-template")]
-    prompt = template.render(
-        [{"role": "user", "content": "Hello"}], add_generation_prompt=True, continue_final_message=False, kwargs={}
+    template = ChatTemplate.load(
+        model_dir, special_tokens=tokenizer.named_tokens, override=config.model.chat_template
     )
+    rows = [("tokenizer", f"{tokenizer.vocab_size:,} tokens, ends with {ends or 'nothing'}")]
+    if not template.exists:
+        return [*rows, ("template", "none: chat is refused; give one with --chat-template")]
+    prompt = template.render([{"role": "user", "content": "Hello"}])
     return [*rows, ("template", f"“Hello” becomes {json.dumps(prompt, ensure_ascii=False)}")]
 
 
@@ -87,7 +87,7 @@ def _model_dir(config: Config) -> Path:
     if ready is not None:
         return ready
     print("fetching the model", file=sys.stderr)
-    return fetch(source, revision=revision, cache_dir=cache_dir, progress=lambda done, detail: None)
+    return fetch(source, revision=revision, cache_dir=cache_dir)
 
 
 def _spec(model_dir: Path) -> ModelSpec:
