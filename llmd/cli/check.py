@@ -71,9 +71,7 @@ def _layers(spec: ModelSpec) -> str:
 def _text_rows(config: Config, model_dir: Path) -> list[tuple[str, str]]:
     tokenizer = Tokenizer.load(model_dir)
     ends = ", ".join(tokenizer.token_text(token_id) for token_id in sorted(tokenizer.eos_token_ids))
-    template = ChatTemplate.load(
-        model_dir, special_tokens=tokenizer.named_tokens, override=config.model.chat_template
-    )
+    template = ChatTemplate.load(model_dir, special_tokens=tokenizer.named_tokens, override=config.model.chat_template)
     rows = [("tokenizer", f"{tokenizer.vocab_size:,} tokens, ends with {ends or 'nothing'}")]
     if not template.exists:
         return [*rows, ("template", "none: chat is refused; give one with --chat-template")]

@@ -14,25 +14,36 @@ from llmd.errors import StartupFailed
 
 _DEVICES = ("auto", "cpu", "cuda")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_STYLE: dict[str, Any] = {
+    # an abbreviation would turn tomorrow's flag into an error for today's users
+    "allow_abbrev": False,
+    "formatter_class": lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the `llmd` command; the chosen command's function is in `flags.run`."""
-    parser = _parser(prog="llmd", description="An open-weights language model behind the OpenAI HTTP API.")
+    parser = argparse.ArgumentParser(
+        prog="llmd", description="An open-weights language model behind the OpenAI HTTP API.", **_STYLE
+    )
     parser.add_argument("--version", action="version", version=f"llmd {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_parser)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
+        usage="llmd serve [MODEL] [FLAGS]",
         help="serve a model",
         description="Serve a model behind the OpenAI HTTP API.",
         epilog="Example: llmd serve --model ./Llama-3.2-1B-Instruct --port 8000",
+        **_STYLE,
     )
     _add_serving_flags(serve)
     serve.set_defaults(run=_run_serve)
     check = commands.add_parser(
         "check",
+        usage="llmd check [MODEL] [FLAGS]",
         help="print what `serve` would do, without serving",
         description="Print what `serve` would do with the same flags: family, parameters, memory, context, template.",
+        **_STYLE,
     )
     _add_serving_flags(check)
     check.set_defaults(run=_run_check)
@@ -55,15 +66,6 @@ def _scaled(text: str, units: dict[str, int]) -> int:
     if value <= 0:
         raise ValueError(f"{text} is not positive")
     return value
-
-
-def _parser(**settings: Any) -> argparse.ArgumentParser:
-    # abbreviations would turn tomorrow's flag into an error for today's users
-    return argparse.ArgumentParser(
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
-        **settings,
-    )
 
 
 def _at_least(minimum: float, convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -135,7 +137,9 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-utilization", type=_fraction, default=0.9, metavar="X", help="share of the GPU (default: 0.9)"
     )
     device.add_argument("--kv-cache-memory-bytes", type=byte_count, metavar="N", help="size of the KV cache, e.g. 4G")
-    device.add_argument("--block-size", type=_block_size, default=16, metavar="N", help="tokens a KV block (default: 16)")
+    device.add_argument(
+        "--block-size", type=_block_size, default=16, metavar="N", help="tokens a KV block (default: 16)"
+    )
     device.add_argument(
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
@@ -166,7 +170,9 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--api-server-count", type=positive, default=1, metavar="N", help="server processes on the port (default: 1)"
     )
-    http.add_argument("--response-role", default="assistant", metavar="ROLE", help="role of answers (default: assistant)")
+    http.add_argument(
+        "--response-role", default="assistant", metavar="ROLE", help="role of answers (default: assistant)"
+    )
     http.add_argument("--max-logprobs", type=_at_least(0, int), default=20, metavar="N", help="(default: 20)")
     http.add_argument(
         "--max-body-bytes", type=byte_count, default=16 << 20, metavar="N", help="of one request (default: 16M)"
@@ -188,7 +194,7 @@ def with_config_file(argv: list[str]) -> list[str]:
 
     Raises StartupFailed if the file cannot be read or is not TOML.
     """
-    finder = _parser(add_help=False)
+    finder = argparse.ArgumentParser(add_help=False, **_STYLE)
     finder.add_argument("--config", type=Path)
     known, rest = finder.parse_known_args(argv)
     if known.config is None or not rest:

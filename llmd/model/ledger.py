@@ -1,4 +1,4 @@
-"""Who gets which part of the memory: weights, activations, KV cache, by arithmetic. Pure; nothing is allocated or tried.
+"""Who gets which part of the memory: weights, activations, KV cache, by arithmetic. Pure: nothing is allocated.
 
 The KV cache gets what the load could use at most, bounded by what is free; limits that do not fit are reduced, and the
 ledger says so with the flag that changes it.
@@ -41,10 +41,11 @@ class MemoryLedger:
             f"activations {_size(self.activations)}, free {_size(self.free)}; context {self.max_model_len:,} tokens"
         ]
         if self.max_model_len < self.wanted_model_len:
-            missing = self.kv_cache // num_tokens * self.wanted_model_len
+            block_bytes = self.kv_cache // (self.num_blocks + 1)
+            enough = (-(-self.wanted_model_len // self.block_size) + 1) * block_bytes
             lines.append(
-                f"context reduced from {self.wanted_model_len:,} to {self.max_model_len:,} tokens, which is what the KV "
-                f"cache holds; --kv-cache-memory-bytes {-(-missing // MIB)}M would hold all of it"
+                f"context reduced from {self.wanted_model_len:,} to {self.max_model_len:,} tokens, which is what the "
+                f"KV cache holds; --kv-cache-memory-bytes {-(-enough // MIB)}M would hold all of it"
             )
         return lines
 

@@ -4,7 +4,7 @@ Knows processes and stages only; no request ever comes here.
 """
 
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -42,21 +42,31 @@ class _Supervisor:
         self._state = SystemState(stage=stage, model_dir=model_dir)
         self._state_changed = trio.Event()
         self._draining = False
+        # ready is who can answer: an engine with its ranks, and a server that knows the model's text side
+        self._engine_is_ready = False
+        self._server_is_ready = False
         self._was_ready = False
 
     async def run(self, first: FirstChildren) -> int:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._await_signals, nursery.cancel_scope)
-            nursery.start_soon(self._keep_servers, first.servers, nursery.cancel_scope)
-            try:
-                await self._keep_engine_group(first)
-            except* StartupFailed as failures:
-                self._set_state(stage=Stage.FAILED, detail=_first_message(failures), progress=None)
-            # who once served goes on telling the truth; who never did has nothing to say
-            if self._was_ready:
-                await trio.sleep_forever()
-            nursery.cancel_scope.cancel()
+            nursery.start_soon(self._unless_hopeless, self._keep_servers, first, nursery.cancel_scope)
+            nursery.start_soon(self._unless_hopeless, self._keep_engine_group, first, nursery.cancel_scope)
         return 1 if self._state.stage is Stage.FAILED else 0
+
+    async def _unless_hopeless(
+        self, keep: Callable[[FirstChildren], Awaitable[None]], first: FirstChildren, everything: trio.CancelScope
+    ) -> None:
+        """Keep something running. If that is hopeless, say so: to the clients if there are any, and end if not."""
+        try:
+            await keep(first)
+        except* StartupFailed as failures:
+            self._set_state(stage=Stage.FAILED, detail=_first_message(failures), progress=None)
+            if not self._was_ready:
+                everything.cancel()
+        else:
+            # the servers have drained: nobody is left to work for
+            everything.cancel()
 
     def _set_state(self, **changes: object) -> None:
         state = msgspec.structs.replace(self._state, **changes)
@@ -78,14 +88,16 @@ class _Supervisor:
                 self._terminal.line("draining: running requests finish, new ones are refused")
                 self._set_state(stage=Stage.DRAINING, detail="shutting down")
 
-    # --- servers
+    def _note_ready(self) -> None:
+        if self._engine_is_ready and self._server_is_ready and not self._draining:
+            self._was_ready = True
+            self._set_state(stage=Stage.READY, detail="", progress=None)
 
-    async def _keep_servers(self, servers: tuple[Process, ...], everything: trio.CancelScope) -> None:
+    async def _keep_servers(self, first: FirstChildren) -> None:
+        """Until all of them have drained."""
         async with trio.open_nursery() as nursery:
-            for server in servers:
+            for server in first.servers:
                 nursery.start_soon(self._keep_server, server)
-        # they end only when drained
-        everything.cancel()
 
     async def _keep_server(self, server: Process) -> None:
         delay = _FIRST_DELAY
@@ -95,6 +107,9 @@ class _Supervisor:
                 nursery.start_soon(self._tell_state, server, control)
                 async for message in _messages(control):
                     self._note(message)
+                    if isinstance(message, ChildReady):
+                        self._server_is_ready = True
+                        self._note_ready()
                 nursery.cancel_scope.cancel()
             if self._draining:
                 return
@@ -104,7 +119,7 @@ class _Supervisor:
             server = start_server(self._config, self._sockets)
 
     async def _tell_state(self, server: Process, control: trio.SocketStream) -> None:
-        """Send every change; a server that is told of the drain is also asked to end."""
+        """Send every change. A server that hears of the drain ends by itself, or is ended when its time is over."""
         while True:
             changed, state = self._state_changed, self._state
             try:
@@ -112,13 +127,10 @@ class _Supervisor:
             except trio.BrokenResourceError:
                 return  # it died: its reader sees the end and replaces it
             if state.stage is Stage.DRAINING:
-                server.popen.send_signal(signal.SIGTERM)
                 await trio.sleep(self._config.http.drain_timeout + _DRAIN_MARGIN)
                 server.popen.kill()
                 return
             await changed.wait()
-
-    # --- the engine and its ranks
 
     async def _keep_engine_group(self, first: FirstChildren) -> None:
         """Fetch the model if need be, then keep an engine group running. Raises StartupFailed when that is hopeless."""
@@ -166,9 +178,8 @@ class _Supervisor:
                 async for message in _messages(control):
                     self._note(message)
                     if isinstance(message, ChildReady) and process is group.engine:
-                        was_ready = self._was_ready = True
-                        if not self._draining:
-                            self._set_state(stage=Stage.READY, detail="", progress=None)
+                        was_ready = self._engine_is_ready = True
+                        self._note_ready()
             if not scope.cancel_called:
                 self._terminal.line(f"{process.name} ended ({_exit_text(process)})")
             scope.cancel()
@@ -176,6 +187,7 @@ class _Supervisor:
         async with trio.open_nursery() as nursery:
             for process in group.processes:
                 nursery.start_soon(watch, process, nursery.cancel_scope)
+        self._engine_is_ready = False
         return was_ready
 
     def _note(self, message: ChildToSupervisor) -> None:

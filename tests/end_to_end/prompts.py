@@ -49,6 +49,6 @@ PROMPTS = [
     "Äpfel, Birnen und",
     "日本の首都は",
     "🙂 means",
-    "The old man looked at the boy and said: \"You will understand when",
+    'The old man looked at the boy and said: "You will understand when',
     "Machine learning models are trained by showing them many examples, measuring how wrong they are, and then",
 ]

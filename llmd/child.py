@@ -1,0 +1,100 @@
+"""What every child process does first: it ties its life to the supervisor's and fetches its configuration.
+
+Knows nothing of what the child is for.
+"""
+
+import ctypes
+import signal
+import socket
+import sys
+from collections import deque
+from typing import TypeVar
+
+import msgspec
+
+from llmd.protocol.control import ChildToSupervisor, SystemState
+from llmd.protocol.framing import FrameDecoder, encode_frame
+
+ChildConfig = TypeVar("ChildConfig")
+ControlMessage = TypeVar("ControlMessage")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_RECEIVE_SIZE = 1 << 16  # bytes
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however it dies (Linux; elsewhere a no-op).
+
+    The kernel means the *thread* that started this process, so a parent must start its children from its main thread
+    (`trio.run_process` does not: it starts them from a worker thread that ends when it was idle for a while).
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+class ControlChannel:
+    """A child's end of the control socket. Made by `connect_control`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        # the first frame has another type than the rest, so that frames are cut first and decoded when asked for
+        self._frames: FrameDecoder[msgspec.Raw] = FrameDecoder(msgspec.Raw)
+        self._received: deque[msgspec.Raw] = deque()
+
+    def send(self, message: ChildToSupervisor) -> None:
+        """Tell the supervisor. Messages are small and it always reads, so this does not wait in practice.
+
+        Raises BrokenPipeError if the supervisor is gone.
+        """
+        self._connection.sendall(encode_frame(message))
+
+    def receive(self, message_type: type[ControlMessage]) -> ControlMessage | None:
+        """Block until the supervisor sends the next message; None once it has closed the socket."""
+        while not self._received:
+            if not self._take_in():
+                return None
+        return msgspec.msgpack.decode(self._received.popleft(), type=message_type)
+
+    async def wait_state(self) -> SystemState | None:
+        """Wait (Trio) until the supervisor sends the next state; None once it has closed the socket."""
+        import trio  # here, because workers and fetchers start faster without it
+
+        while not self._received:
+            await trio.lowlevel.wait_readable(self._connection)
+            if not self._take_in():
+                return None
+        return msgspec.msgpack.decode(self._received.popleft(), type=SystemState)
+
+    async def wait_closed(self) -> None:
+        """Wait (Trio) until the supervisor closes the socket or dies; what it sends until then is dropped."""
+        while await self.wait_state() is not None:
+            pass
+
+    def _take_in(self) -> bool:
+        """Read what is there (blocks if nothing is); False at the end of the stream."""
+        try:
+            data = self._connection.recv(_RECEIVE_SIZE)
+        except ConnectionResetError:
+            data = b""
+        self._received.extend(self._frames.feed(data))
+        return bool(data)
+
+
+def connect_control(fd: int, config_type: type[ChildConfig]) -> tuple[ChildConfig, ControlChannel]:
+    """Become a child: the first call of its `main`, with the file descriptor of the control socket it was born with.
+
+    It dies with its parent from now on and ignores SIGINT and SIGTERM: a terminal's Ctrl-C goes to the whole process
+    group, an init system's SIGTERM to all processes of a service, and the supervisor is the one who decides what ends
+    when. Blocks until the configuration, the first frame, is there.
+    Raises ConnectionError if the supervisor closes the socket before that.
+    """
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = ControlChannel(socket.socket(fileno=fd))
+    config = channel.receive(config_type)
+    if config is None:
+        raise ConnectionError("the supervisor closed the control socket before it sent the configuration")
+    return config, channel

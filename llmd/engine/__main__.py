@@ -1,0 +1,65 @@
+"""The engine process: `python -m llmd.engine CONTROL_FD`. Wires sockets to the step loop; decides nothing."""
+
+import socket
+import sys
+
+import trio
+
+from llmd.child import ControlChannel, connect_control
+from llmd.config import EngineConfig
+from llmd.engine.loop import EngineLoop
+from llmd.engine.ranks import RankLost, connect_ranks
+from llmd.engine.scheduler import Scheduler
+from llmd.protocol.control import ChildReady
+from llmd.protocol.generation import EngineReady
+
+
+def main() -> None:
+    """Serve until the supervisor closes the control socket. Exits with 1 when a rank is lost."""
+    config, control = connect_control(int(sys.argv[1]), EngineConfig)
+    try:
+        trio.run(run_engine, config, control)
+    except BaseExceptionGroup as group:
+        lost, others = group.split(RankLost)
+        if lost is None or others is not None:
+            raise
+        sys.exit(f"llmd engine: {_first(lost)}")
+
+
+async def run_engine(config: EngineConfig, control: ControlChannel) -> None:
+    """Wait for the ranks, then serve servers until the control socket closes."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_when_closed, control, nursery.cancel_scope)
+        async with _listener(config.worker_listen_fd) as listener:
+            ranks = await connect_ranks([await listener.accept() for _ in range(config.num_ranks)])
+        scheduler = Scheduler(
+            config.cache, config.scheduler, num_blocks=ranks.num_blocks, max_model_len=ranks.max_model_len
+        )
+        ready = EngineReady(
+            max_model_len=scheduler.max_model_len, block_size=config.cache.block_size, num_blocks=ranks.num_blocks
+        )
+        loop = EngineLoop(scheduler, ranks, ready=ready)
+        nursery.start_soon(loop.run)
+        await nursery.start(trio.serve_listeners, loop.serve, [_listener(config.server_listen_fd)])
+        control.send(ChildReady())
+
+
+async def _cancel_when_closed(control: ControlChannel, scope: trio.CancelScope) -> None:
+    await control.wait_closed()
+    scope.cancel()
+
+
+def _listener(fd: int) -> trio.SocketListener:
+    """An inherited listening unix socket."""
+    return trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first plain exception of a tree of groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()

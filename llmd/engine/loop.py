@@ -1,0 +1,149 @@
+"""The step loop: Trio around the pure scheduler. Knows sockets and the clock, and decides nothing about requests.
+
+    servers ──► serve ──► Scheduler.add, cancel
+                          Scheduler.plan ──► ranks ──► Scheduler.commit ──► Outbox of each connection ──► servers
+
+Nobody waits for a server: what it has not read yet is gathered in its outbox, which is bounded by what its requests
+may still produce.
+"""
+
+import sys
+from itertools import count
+
+import msgspec
+import trio
+
+from llmd.engine.ranks import Ranks
+from llmd.engine.scheduler import RequestAlreadyOpen, Scheduler
+from llmd.engine.sequence import ConnectionId
+from llmd.protocol.framing import FrameDecoder, encode_frame
+from llmd.protocol.generation import (
+    CancelRequest,
+    EngineReady,
+    EngineStatistics,
+    GenerateRequest,
+    ServerToEngine,
+    StepEvents,
+    TokenEvent,
+)
+
+STATISTICS_INTERVAL = 0.2  # seconds between two reports while steps run
+
+
+class EngineLoop:
+    """Serves any number of connections with one scheduler and one set of ranks."""
+
+    def __init__(self, scheduler: Scheduler, ranks: Ranks, *, ready: EngineReady) -> None:
+        self._scheduler = scheduler
+        self._ranks = ranks
+        self._ready = ready
+        self._outboxes: dict[ConnectionId, Outbox] = {}
+        self._connection_ids = count()
+        self._changed = trio.Event()  # set when there may be something to plan
+        self._next_statistics = -float("inf")  # Trio's clock
+
+    async def run(self) -> None:
+        """Run steps until cancelled. Raises RankLost (in an exception group) when a rank is lost."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._ranks.watch)
+            nursery.start_soon(self._plan_steps)
+            nursery.start_soon(self._commit_steps)
+
+    async def serve(self, stream: trio.abc.Stream) -> None:
+        """Serve one server until its connection ends, however it ends; then all its requests are cancelled."""
+        connection = ConnectionId(next(self._connection_ids))
+        outbox = Outbox()
+        outbox.put_statistics(self._scheduler.statistics())
+        self._outboxes[connection] = outbox
+        try:
+            async with stream, trio.open_nursery() as nursery:
+                nursery.start_soon(self._send, stream, outbox, nursery.cancel_scope)
+                await self._receive(stream, connection, outbox)
+                nursery.cancel_scope.cancel()
+        finally:
+            del self._outboxes[connection]
+            self._scheduler.disconnect(connection)
+            self._changed.set()
+
+    async def _receive(self, stream: trio.abc.Stream, connection: ConnectionId, outbox: "Outbox") -> None:
+        """Take in requests until the connection ends or sends what makes no sense."""
+        decoder: FrameDecoder[ServerToEngine] = FrameDecoder(ServerToEngine)
+        try:
+            async for data in stream:
+                for message in decoder.feed(data):
+                    match message:
+                        case GenerateRequest():
+                            event = self._scheduler.add(message, connection=connection)
+                            if event is not None:
+                                outbox.put_events([event])
+                        case CancelRequest():
+                            self._scheduler.cancel(message.request_id, connection=connection)
+                self._changed.set()
+        except trio.BrokenResourceError:
+            return  # gone without a goodbye: the same as an end
+        except (msgspec.DecodeError, RequestAlreadyOpen) as error:
+            # a server that breaks the protocol loses its connection; the others keep theirs
+            print(f"llmd engine: closed the connection of a server: {error}", file=sys.stderr)
+
+    async def _send(self, stream: trio.abc.Stream, outbox: "Outbox", connection_scope: trio.CancelScope) -> None:
+        try:
+            await stream.send_all(encode_frame(self._ready))
+            while True:
+                await stream.send_all(encode_frame(await outbox.wait_step_events()))
+        except trio.BrokenResourceError:
+            connection_scope.cancel()
+
+    async def _plan_steps(self) -> None:
+        """Plan whenever something has changed, up to as many steps in flight as the scheduler allows."""
+        was_idle = False
+        while True:
+            self._changed = trio.Event()
+            while (plan := self._scheduler.plan()) is not None:
+                await self._ranks.send(plan)
+            if self._scheduler.is_idle and not was_idle:
+                self._scheduler.check()
+                self._put_statistics()
+            elif not self._scheduler.is_idle and self._scheduler.num_in_flight == 0:
+                raise RuntimeError("requests are open and nothing can run: a bug of the scheduler")
+            was_idle = self._scheduler.is_idle
+            await self._changed.wait()
+
+    async def _commit_steps(self) -> None:
+        """Take in results in the order of the plans and tell each server what it must hear."""
+        while True:
+            result = await self._ranks.wait_result()
+            for connection, events in self._scheduler.commit(result).items():
+                self._outboxes[connection].put_events(events)
+            if trio.current_time() >= self._next_statistics:
+                self._put_statistics()
+            self._changed.set()
+
+    def _put_statistics(self) -> None:
+        self._next_statistics = trio.current_time() + STATISTICS_INTERVAL
+        statistics = self._scheduler.statistics()
+        for outbox in self._outboxes.values():
+            outbox.put_statistics(statistics)
+
+
+class Outbox:
+    """What a server must still hear. A server that keeps up gets one frame a step; one that does not gets fewer."""
+
+    def __init__(self) -> None:
+        self._events: list[TokenEvent] = []
+        self._statistics: EngineStatistics | None = None
+        self._filled = trio.Event()
+
+    def put_events(self, events: list[TokenEvent]) -> None:
+        self._events += events
+        self._filled.set()
+
+    def put_statistics(self, statistics: EngineStatistics) -> None:
+        self._statistics = statistics
+        self._filled.set()
+
+    async def wait_step_events(self) -> StepEvents:
+        """Wait until there is something, and take all of it."""
+        await self._filled.wait()
+        step_events = StepEvents(events=self._events, statistics=self._statistics)
+        self._events, self._statistics, self._filled = [], None, trio.Event()
+        return step_events

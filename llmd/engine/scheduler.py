@@ -1,0 +1,347 @@
+"""Decides what each step runs. Pure: no clock, no I/O, no tensors.
+
+A sequence has no prefill phase and no decode phase: it has a number of tokens to catch up with, and a step has a token
+budget. Chunked prefill, prefix hits, preemption and resume (contract C1) are all the same thing.
+
+`plan` may be called again before the result of the last plan is known: by the time the ranks run the next step they
+know the token that the last one drew. Results come to `commit` in the order of the plans.
+"""
+
+from bisect import bisect_left, insort
+from collections import deque
+from itertools import count, islice
+from operator import attrgetter
+
+from llmd.config import CacheConfig, SchedulerConfig
+from llmd.engine.block_pool import BlockPool
+from llmd.engine.prefix_cache import PrefixCache, extend_block_hashes
+from llmd.engine.sequence import ConnectionId, Sequence
+from llmd.errors import LlmdError
+from llmd.protocol.generation import EngineStatistics, FinishReason, GenerateRequest, TokenEvent
+from llmd.protocol.steps import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult
+
+_order = attrgetter("order")
+
+
+class RequestAlreadyOpen(LlmdError):
+    """A server used a request id again before the first request of that id had ended."""
+
+
+class Scheduler:
+    """All open requests of an engine, and the blocks that their sequences hold."""
+
+    def __init__(self, cache: CacheConfig, limits: SchedulerConfig, *, num_blocks: int, max_model_len: int) -> None:
+        self._block_size = cache.block_size
+        self._prefix_caching = cache.prefix_caching
+        self._limits = limits
+        # a sequence alone must fit, or the oldest one could wait for blocks for ever
+        self.max_model_len = min(max_model_len, num_blocks * cache.block_size)
+        self._prefix_cache = PrefixCache()
+        self._blocks = BlockPool(num_blocks, self._prefix_cache)
+
+        self._open: dict[tuple[ConnectionId, int], Sequence] = {}  # by (connection, request id)
+        self._waiting: list[Sequence] = []  # in order
+        self._running: dict[int, Sequence] = {}  # by sequence id
+        self._dropped: list[int] = []  # sequence ids that the ranks must still be told to forget
+        self._in_flight: deque[StepPlan] = deque()
+        self._arrivals = count()
+        self._sequence_ids = count()
+        self._step_ids = count()
+
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_preemptions = 0
+        self._prefix_cache_queries = 0
+        self._prefix_cache_hits = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans that are not committed yet."""
+        return len(self._in_flight)
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is open and no plan is in flight."""
+        return not self._open and not self._in_flight
+
+    def add(self, request: GenerateRequest, *, connection: ConnectionId) -> TokenEvent | None:
+        """Take in a request. Returns its only event if it ends at once: refused, or resumed when it was complete.
+
+        Raises RequestAlreadyOpen if the connection has an open request of this id.
+        """
+        key = (connection, request.request_id)
+        if key in self._open:
+            raise RequestAlreadyOpen(f"request {request.request_id} is already open on this connection")
+        if error := self._refusal(request):
+            return TokenEvent(request_id=request.request_id, finish=FinishReason.ERROR, error=error)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        sequence = Sequence(
+            connection=connection,
+            request=request,
+            token_ids=[*request.prompt_token_ids, *request.output_token_ids],
+            num_prompt_tokens=num_prompt_tokens,
+            max_output_tokens=min(request.sampling.max_tokens, self.max_model_len - num_prompt_tokens),
+            order=(request.priority if self._limits.policy == "priority" else 0, next(self._arrivals)),
+        )
+        if finish := sequence.finish_reason():
+            return TokenEvent(request_id=request.request_id, num_cached_tokens=0, finish=finish)
+        self._open[key] = sequence
+        insort(self._waiting, sequence, key=_order)
+        return None
+
+    def cancel(self, request_id: int, *, connection: ConnectionId) -> None:
+        """Forget a request and take its blocks back. There is no event; none if it has ended already, either."""
+        if sequence := self._open.get((connection, request_id)):
+            self._close(sequence)
+
+    def disconnect(self, connection: ConnectionId) -> None:
+        """Cancel all requests of a connection."""
+        for sequence in [sequence for sequence in self._open.values() if sequence.connection == connection]:
+            self._close(sequence)
+
+    def plan(self) -> StepPlan | None:
+        """The next step; None if there is nothing to run or enough steps are in flight."""
+        if len(self._in_flight) >= self._limits.max_steps_in_flight:
+            return None
+        num_preemptions = self._num_preemptions
+        shares = self._share_out()
+        new: list[NewSequence] = []
+        # blocks that a preemption has just freed are for those that run
+        if self._num_preemptions == num_preemptions:
+            new = self._admit(shares)
+        if not shares:
+            return None
+        sequences = [self._plan_sequence(sequence, num_tokens) for sequence, num_tokens in shares.items()]
+        plan = StepPlan(step_id=next(self._step_ids), dropped=self._dropped, new=new, sequences=sequences)
+        self._dropped = []
+        self._in_flight.append(plan)
+        return plan
+
+    def commit(self, result: StepResult) -> dict[ConnectionId, list[TokenEvent]]:
+        """Take in what the oldest plan in flight produced; returns what each connection must hear.
+
+        Raises ValueError if the result is not that plan's.
+        """
+        plan = self._in_flight.popleft()
+        if result.step_id != plan.step_id:
+            raise ValueError(f"expected the result of step {plan.step_id}, not of step {result.step_id}")
+        self._num_steps += 1
+        results = {sequence_result.sequence_id: sequence_result for sequence_result in result.results}
+        events: dict[ConnectionId, list[TokenEvent]] = {}
+        for step in plan.sequences:
+            # without a sequence of this id it has meanwhile finished, been cancelled or been preempted
+            if sequence := self._running.get(step.sequence_id):
+                event = self._commit_sequence(sequence, step, results.get(step.sequence_id))
+                if event is not None:
+                    events.setdefault(sequence.connection, []).append(event)
+        return events
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_preemptions=self._num_preemptions,
+            prefix_cache_queries=self._prefix_cache_queries,
+            prefix_cache_hits=self._prefix_cache_hits,
+        )
+
+    def check(self) -> None:
+        """Prove that each block is free or held by running sequences (contract C4). Raises RuntimeError: a bug."""
+        self._blocks.check(sequence.block_ids for sequence in self._running.values())
+
+    def _refusal(self, request: GenerateRequest) -> str | None:
+        """Why the request can never run, if so."""
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if num_prompt_tokens == 0:
+            return "The prompt has no tokens; it needs at least one."
+        if num_prompt_tokens + min(request.sampling.max_tokens, 1) > self.max_model_len:
+            return (
+                f"This model's maximum context length is {self.max_model_len} tokens, but the prompt has "
+                f"{num_prompt_tokens}, which leaves no room for an answer. Shorten the prompt."
+            )
+        return None
+
+    def _share_out(self) -> dict[Sequence, int]:
+        """How many tokens each running sequence gets in this step, with the blocks for them.
+
+        Those with one token to run come first, so that a long prompt does not hold them up; both kinds in order. Only
+        they can lack a block: the others have had theirs since they were admitted. Then the last in order is preempted,
+        and so it never has a share yet; the last one itself waits, keeping what it has. The first always gets on.
+        """
+        shares: dict[Sequence, int] = {}
+        budget = self._limits.max_num_batched_tokens
+        to_run = [(n, sequence) for sequence in self._running.values() if (n := sequence.num_to_run) > 0]
+        to_run.sort(key=lambda item: (item[0] > 1, item[1].order))
+        for num_to_run, sequence in to_run:
+            if sequence.sequence_id is None:  # preempted just now, below
+                continue
+            num_tokens = min(budget, num_to_run)
+            while num_tokens > 0 and not self._grow(sequence, num_tokens):
+                victim = max(self._running.values(), key=_order)
+                if victim is sequence:
+                    num_tokens = 0
+                else:
+                    self._preempt(victim)
+            if num_tokens > 0:
+                shares[sequence] = num_tokens
+                budget -= num_tokens
+        return shares
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Take the blocks that `num_tokens` more need; False if there are not enough."""
+        num_missing = self._num_blocks(sequence.num_planned + num_tokens) - len(sequence.block_ids)
+        if num_missing <= 0:
+            return True
+        taken = self._blocks.take(num_missing)
+        if taken is None:
+            return False
+        sequence.block_ids += taken
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue: its tokens are computed anew when there is room, those that the cache lost meanwhile."""
+        self._stop_running(sequence)
+        insort(self._waiting, sequence, key=_order)
+        self._num_preemptions += 1
+
+    def _admit(self, shares: dict[Sequence, int]) -> list[NewSequence]:
+        """Let waiting sequences run with what is left of the budget, in order; adds to `shares`."""
+        new: list[NewSequence] = []
+        budget = self._limits.max_num_batched_tokens - sum(shares.values())
+        position = 0
+        while budget > 0 and position < len(self._waiting) and len(self._running) < self._limits.max_num_seqs:
+            sequence = self._waiting[position]
+            cached_ids, is_expected = self._look_up(sequence)
+            if is_expected:
+                position += 1
+                continue
+            # blocks for all that is known, so that a prompt once begun is never stuck half way
+            num_taken = self._num_blocks(sequence.num_known) - len(cached_ids)
+            taken_ids = self._blocks.take(num_taken, sharing=cached_ids)
+            if taken_ids is None:
+                break
+            del self._waiting[position]
+            new.append(self._start(sequence, cached_ids, taken_ids))
+            shares[sequence] = min(budget, sequence.num_to_run)
+            budget -= shares[sequence]
+        return new
+
+    def _look_up(self, sequence: Sequence) -> tuple[list[int], bool]:
+        """The cached blocks of its prefix, and whether a running sequence is computing the block after them.
+
+        At least the last token is left to compute, because its logits are needed.
+        """
+        if not self._prefix_caching:
+            return [], False
+        self._extend_block_hashes(sequence)
+        if sequence.wants_prompt_logprobs:
+            return [], False
+        num_usable = (sequence.num_known - 1) // self._block_size
+        cached_ids = self._prefix_cache.find(islice(sequence.block_hashes, num_usable))
+        num_cached = len(cached_ids)
+        is_expected = num_cached < num_usable and self._prefix_cache.is_expected(sequence.block_hashes[num_cached])
+        return cached_ids, is_expected
+
+    def _start(self, sequence: Sequence, cached_ids: list[int], taken_ids: list[int]) -> NewSequence:
+        """From waiting to running, under a new sequence id: results of an earlier admission are not this one's."""
+        sequence_id = next(self._sequence_ids)
+        num_cached_tokens = len(cached_ids) * self._block_size
+        sequence.start(sequence_id, cached_ids=cached_ids, taken_ids=taken_ids, num_cached_tokens=num_cached_tokens)
+        self._running[sequence_id] = sequence
+        self._prefix_cache.expect(islice(sequence.block_hashes, len(cached_ids), None), sequence_id=sequence_id)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(num_cached_tokens, sequence.num_prompt_tokens)
+            if self._prefix_caching and not sequence.wants_prompt_logprobs:
+                self._prefix_cache_queries += sequence.num_known
+                self._prefix_cache_hits += num_cached_tokens
+        return sequence.to_new_sequence(sequence_id)
+
+    def _plan_sequence(self, sequence: Sequence, num_tokens: int) -> SequenceStep:
+        assert sequence.sequence_id is not None
+        start = sequence.num_planned
+        samples = start + num_tokens == sequence.num_total and sequence.max_output_tokens > 0
+        new_block_ids = sequence.block_ids[sequence.num_blocks_sent :]
+        sequence.num_planned += num_tokens
+        sequence.num_samples_in_flight += samples
+        sequence.num_blocks_sent = len(sequence.block_ids)
+        return SequenceStep(sequence.sequence_id, start, num_tokens, new_block_ids, samples)
+
+    def _commit_sequence(
+        self, sequence: Sequence, step: SequenceStep, result: SequenceResult | None
+    ) -> TokenEvent | None:
+        """Take in one sequence's part of a step; returns what its client must hear, if anything."""
+        end = step.start + step.num_tokens
+        sequence.num_computed = end
+        self._num_prompt_tokens += max(min(end, sequence.num_prompt_tokens) - step.start, 0)
+        if result is not None:
+            sequence.prompt_logprobs += result.prompt_logprobs
+        token_ids = []
+        if step.samples:
+            if result is None or result.token_id is None:
+                raise ValueError(f"step {step} drew no token")
+            token_ids.append(result.token_id)
+            sequence.token_ids.append(result.token_id)
+            sequence.num_samples_in_flight -= 1
+            self._num_output_tokens += 1
+        self._publish(sequence)
+        finish = sequence.finish_reason()
+        if not token_ids and finish is None:
+            return None
+        logprobs = [result.logprobs] if result is not None and result.logprobs is not None else []
+        event = TokenEvent(
+            request_id=sequence.request.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None,
+            num_cached_tokens=None if sequence.has_reported else sequence.num_cached_tokens,
+            finish=finish,
+        )
+        sequence.has_reported = True
+        if finish is not None:
+            self._close(sequence)
+        return event
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer the full blocks that were completed to others."""
+        num_full = sequence.num_computed // self._block_size
+        if not self._prefix_caching or num_full == sequence.num_blocks_published:
+            return
+        self._extend_block_hashes(sequence)
+        for index in range(sequence.num_blocks_published, num_full):
+            self._prefix_cache.publish(sequence.block_hashes[index], sequence.block_ids[index])
+        sequence.num_blocks_published = num_full
+
+    def _extend_block_hashes(self, sequence: Sequence) -> None:
+        """Hash the full blocks of known tokens that have no hash yet."""
+        extend_block_hashes(
+            sequence.block_hashes,
+            sequence.token_ids,
+            block_size=self._block_size,
+            cache_salt=sequence.request.cache_salt,
+        )
+
+    def _close(self, sequence: Sequence) -> None:
+        """The request has ended: nothing of it is left but the word to the ranks."""
+        del self._open[sequence.connection, sequence.request.request_id]
+        if sequence.sequence_id is None:
+            del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
+        else:
+            self._stop_running(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        assert sequence.sequence_id is not None
+        del self._running[sequence.sequence_id]
+        self._dropped.append(sequence.sequence_id)
+        self._prefix_cache.expect_no_longer(
+            sequence.block_hashes, start=sequence.num_blocks_published, sequence_id=sequence.sequence_id
+        )
+        self._blocks.give_back(sequence.stop())
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

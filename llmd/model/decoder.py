@@ -1,0 +1,130 @@
+"""The network: one decoder for every family, described by its ModelSpec. Knows nothing of requests and files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from llmd.model.attention import Attention
+from llmd.model.inputs import ModelInputs
+from llmd.model.kv_cache import KvCache, LayerCache
+from llmd.model.layers import GatedMlp, Linear, RmsNorm, add_and_norm
+from llmd.model.rope import cos_sin_table
+from llmd.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """Attention and MLP, each with a norm before it, after it, or both. A norm that a family lacks is None."""
+
+    attention_norm: RmsNorm | None
+    attention: Attention
+    attention_output_norm: RmsNorm | None
+    mlp_norm: RmsNorm | None
+    mlp: GatedMlp
+    mlp_output_norm: RmsNorm | None
+    residual_scale: float
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, inputs: ModelInputs, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """x: what is still to be added to the residual stream. Returns the same two for the next layer."""
+        x, residual = add_and_norm(x, residual, self.attention_norm)
+        x = self._output(self.attention(x, inputs, cache), self.attention_output_norm)
+        x, residual = add_and_norm(x, residual, self.mlp_norm)
+        return self._output(self.mlp(x), self.mlp_output_norm), residual
+
+    def _output(self, x: Tensor, norm: RmsNorm | None) -> Tensor:
+        if norm is not None:
+            x = norm(x)
+        return x if self.residual_scale == 1 else x * self.residual_scale
+
+
+class Decoder:
+    """A whole model on one device.
+
+    weights: one tensor for each of `parameters(spec)`, by its name, all of one dtype on one device.
+    max_model_len: the longest context that will be served; positions beyond it have no rotary embedding.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], *, max_model_len: int) -> None:
+        self.spec = spec
+        self.max_model_len = max_model_len
+        self._embedding = weights["embedding"]
+        ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
+        device = self._embedding.device
+        tables = {rope: cos_sin_table(rope, max_model_len=max_model_len, device=device) for rope in ropes}
+        self._layers = [
+            _layer(spec, index, weights, cos_sin=None if layer.rope is None else tables[layer.rope])
+            for index, layer in enumerate(spec.layers)
+        ]
+        self._norm = RmsNorm(weights["norm"], spec.norm_eps, spec.norm_weight_offset)
+        self._head = Linear(weights["embedding"] if spec.tied_embeddings else weights["head"], None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    @torch.inference_mode()
+    def forward(self, inputs: ModelInputs, kv: KvCache) -> Tensor:
+        """Run one step: write its tokens' keys and values → logits [num_logits, vocab_size] float32."""
+        x = embedding(inputs.token_ids, self._embedding)
+        if self.spec.embedding_scale != 1:
+            # the scale in the weights' dtype: Gemma was trained with the rounded one
+            x = x * torch.tensor(self.spec.embedding_scale, dtype=x.dtype)
+        residual = None
+        for layer, cache in zip(self._layers, kv.layers, strict=True):
+            x, residual = layer(x, residual, inputs, cache)
+        x, residual = x[inputs.logit_rows], residual[inputs.logit_rows] if residual is not None else None
+        x, _ = add_and_norm(x, residual, self._norm)
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = self._head(x).float()
+        if self.spec.logit_divisor != 1:
+            logits = logits / self.spec.logit_divisor
+        cap = self.spec.logit_soft_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _layer(spec: ModelSpec, index: int, weights: Mapping[str, Tensor], *, cos_sin: Tensor | None) -> DecoderLayer:
+    """The layer's parts around its weights."""
+
+    def norm(name: str) -> RmsNorm | None:
+        weight = weights.get(f"layers.{index}.{name}")
+        return None if weight is None else RmsNorm(weight, spec.norm_eps, spec.norm_weight_offset)
+
+    def linear(name: str) -> Linear:
+        name = f"layers.{index}.{name}"
+        return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    attention = Attention(
+        qkv=linear("qkv"),
+        o=linear("o"),
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
+        norm_by_head=spec.qk_norm == "head",
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        cos_sin=cos_sin,
+        scale=spec.attention_scale,
+        window=spec.layers[index].window,
+        soft_cap=spec.attention_soft_cap,
+    )
+    return DecoderLayer(
+        attention_norm=norm("attention_norm"),
+        attention=attention,
+        attention_output_norm=norm("attention_output_norm"),
+        mlp_norm=norm("mlp_norm"),
+        mlp=GatedMlp(gate_up=linear("gate_up"), down=linear("down"), activation=spec.activation),
+        mlp_output_norm=norm("mlp_output_norm"),
+        residual_scale=spec.residual_scale,
+    )

@@ -1,0 +1,45 @@
+"""What a model needs of memory, in bytes, from its spec alone. Pure: for `llmd check` and the worker's ledger."""
+
+from llmd.model.parallel import Rank, units_of
+from llmd.model.parameters import parameters
+from llmd.model.spec import ModelSpec
+
+FLOAT32_BYTES = 4
+ONE_RANK = Rank()
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """Of the whole model; an embedding that is the head too counts once."""
+    return sum(parameter.num_elements(ONE_RANK) for parameter in parameters(spec))
+
+
+def weight_bytes(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ONE_RANK) -> int:
+    """The rank's weights, stored with `dtype_bytes` an element."""
+    return dtype_bytes * sum(parameter.num_elements(rank) for parameter in parameters(spec))
+
+
+def rope_bytes(spec: ModelSpec, *, max_model_len: int) -> int:
+    """The tables of cosines and sines, float32."""
+    ropes = {layer.rope for layer in spec.layers if layer.rope}
+    return sum(FLOAT32_BYTES * max_model_len * rope.rotary_dim for rope in ropes)
+
+
+def kv_bytes_per_token(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ONE_RANK) -> int:
+    """Keys and values of one token in all layers of the rank. Layers with a window keep as much as the others."""
+    num_kv_heads = len(units_of(rank, spec.num_kv_heads, "attention"))
+    return 2 * len(spec.layers) * num_kv_heads * spec.head_dim * dtype_bytes
+
+
+def activation_bytes(spec: ModelSpec, *, max_num_tokens: int, max_num_logits: int, dtype_bytes: int) -> int:
+    """What one step holds at once beside weights and cache: an estimate, rather too high than too low.
+
+    Per token the widest place of a layer: the residual stream, its normed copy and the operation's input, then either
+    q, k, v with attention's output or the MLP's two halves with their product, and all of that twice more in float32
+    for what operations need inside. Per logits row: the logits in the model's dtype and three float32 copies for
+    sampling. What attention gathers of the context is bounded by its kernel and not in here.
+    """
+    attention = (3 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    widest = 3 * spec.hidden_size + max(attention, 3 * spec.intermediate_size)
+    per_token = widest * (dtype_bytes + 2 * FLOAT32_BYTES)
+    per_logits_row = spec.vocab_size * (dtype_bytes + 3 * FLOAT32_BYTES)
+    return max_num_tokens * per_token + max_num_logits * per_logits_row

@@ -1,0 +1,97 @@
+"""How a parameter is cut over tensor-parallel ranks, as data. Pure arithmetic: no tensors, no files, no communication.
+
+Every rank gets whole units (a KV head with its queries, a few columns of an MLP), as evenly as whole units allow:
+9 heads over 3 KV heads on 2 ranks are 3 and 6 heads.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from llmd.errors import UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Cut along `dim` (0: rows, the outputs; 1: columns, the inputs), never inside a unit."""
+
+    dim: int
+    unit: int  # rows or columns
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """Every rank has all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of `size` tensor-parallel ranks."""
+
+    index: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What one tensor of the checkpoint gives to a parameter.
+
+    With `Shard`: unit u is what lies at start + u · pitch along the sharded dimension. So a piece may also be every
+    n-th group of rows, as the queries, keys and values are in a projection that keeps them by KV head.
+    """
+
+    tensor: str  # its name in the checkpoint
+    tensor_shape: tuple[int, ...]  # there, whole
+    sharding: Shard | Replicated
+    num_units: int = 1
+    start: int = 0
+    pitch: int = 0
+
+    def slices(self, rank: Rank) -> list[slice]:
+        """The parts of the tensor that this rank needs, along the sharded dimension, in order; longest runs."""
+        if isinstance(self.sharding, Replicated):
+            return [slice(0, self.tensor_shape[0])]
+        unit = self.sharding.unit
+        units = units_of(rank, self.num_units, self.tensor)
+        if self.pitch == unit:
+            return [slice(self.start + units.start * unit, self.start + units.stop * unit)]
+        return [slice(self.start + u * self.pitch, self.start + u * self.pitch + unit) for u in units]
+
+    def shape(self, rank: Rank) -> tuple[int, ...]:
+        """The shape of this rank's part."""
+        if isinstance(self.sharding, Replicated):
+            return self.tensor_shape
+        shape = list(self.tensor_shape)
+        shape[self.sharding.dim] = sum(s.stop - s.start for s in self.slices(rank))
+        return tuple(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor of the decoder: its pieces, one below the other (joined along dimension 0)."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    def shape(self, rank: Rank) -> tuple[int, ...]:
+        shapes = [piece.shape(rank) for piece in self.pieces]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def num_elements(self, rank: Rank) -> int:
+        return prod(self.shape(rank))
+
+
+def units_of(rank: Rank, num_units: int, what: str) -> range:
+    """The units of this rank. Raises UnsupportedModel where a rank would have none."""
+    if num_units < rank.size:
+        raise UnsupportedModel(f"{what} has {num_units} units and cannot be split over {rank.size} ranks")
+    return range(num_units * rank.index // rank.size, num_units * (rank.index + 1) // rank.size)
+
+
+def whole(tensor: str, *shape: int) -> Piece:
+    """A tensor that every rank has."""
+    return Piece(tensor=tensor, tensor_shape=shape, sharding=Replicated())
+
+
+def split(tensor: str, *shape: int, dim: int, unit: int) -> Piece:
+    """A tensor that is cut along `dim` in whole units."""
+    return Piece(tensor=tensor, tensor_shape=shape, sharding=Shard(dim, unit), num_units=shape[dim] // unit, pitch=unit)

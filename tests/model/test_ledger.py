@@ -1,0 +1,82 @@
+"""Who gets which part of the memory, by arithmetic."""
+
+from typing import Any
+
+import pytest
+
+from llmd.config import CacheConfig, ModelConfig, SchedulerConfig
+from llmd.errors import StartupFailed
+from llmd.model.ledger import GIB, MemoryLedger, plan_memory
+from llmd.model.memory import kv_bytes_per_token
+from llmd.model.spec import ModelSpec, parse_spec
+
+SPEC: ModelSpec = parse_spec(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+    }
+)
+
+
+def plan(available: float, *, on_cpu: bool = True, max_model_len: int | None = None, **cache: Any) -> MemoryLedger:
+    return plan_memory(
+        SPEC,
+        dtype_bytes=2,
+        available_bytes=int(available),
+        on_cpu=on_cpu,
+        model=ModelConfig(cache_dir="", served_names=("m",), max_model_len=max_model_len),
+        cache=CacheConfig(**cache),
+        scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256),
+    )
+
+
+def test_everything_adds_up() -> None:
+    ledger = plan(16 * GIB)
+    assert ledger.weights + ledger.activations + ledger.kv_cache + ledger.free == 16 * GIB
+    # the cache that is allocated has one block more than the scheduler uses
+    block = ledger.block_size * kv_bytes_per_token(SPEC, dtype_bytes=2)
+    assert ledger.kv_cache == (ledger.num_blocks + 1) * block
+
+
+def test_enough_memory_reduces_nothing() -> None:
+    ledger = plan(64 * GIB)
+    assert ledger.max_model_len == 32768
+    assert len(ledger.lines()) == 1
+
+
+def test_a_context_that_does_not_fit_is_reduced_and_the_remedy_works() -> None:
+    ledger = plan(16 * GIB, memory_bytes=256 << 20)
+    assert ledger.max_model_len == ledger.num_blocks * ledger.block_size < 32768
+    line = ledger.lines()[1]
+    assert f"from 32,768 to {ledger.max_model_len:,}" in line
+    advised = int(line.split("--kv-cache-memory-bytes ")[1].split("M")[0]) << 20
+    assert plan(16 * GIB, memory_bytes=advised).max_model_len == 32768
+
+
+def test_no_more_than_could_be_used() -> None:
+    ledger = plan(64 * GIB, max_model_len=64)
+    assert ledger.num_blocks == 16 * 64 // ledger.block_size
+
+
+def test_a_gpu_gives_its_share() -> None:
+    ledger = plan(24 * GIB, on_cpu=False, memory_utilization=0.5)
+    assert ledger.weights + ledger.activations + ledger.kv_cache <= 12 * GIB
+    assert ledger.kv_cache > 12 * GIB - ledger.weights - ledger.activations - (1 << 20)
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
+    with pytest.raises(StartupFailed, match=r"weights 2\.\d GiB.*--dtype"):
+        plan(2 * GIB)
+    with pytest.raises(StartupFailed, match="--kv-cache-memory-bytes"):
+        plan(8 * GIB, memory_bytes=10 * GIB)
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    with pytest.raises(StartupFailed, match="--max-model-len 40000 is more than the model allows: 32768"):
+        plan(64 * GIB, max_model_len=40_000)
