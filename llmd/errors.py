@@ -1,14 +1,14 @@
 """The exception tree. Data about what went wrong; who renders it as HTTP is `server/error_handlers.py`.
 
-    LlmdError
-    ├── InvalidRequest (400)        what the client sent cannot be honoured
-    │   ├── ContextLengthExceeded   the prompt does not fit
-    │   └── ModelNotFound (404)
-    ├── Overloaded (429)            try again later
-    ├── Unavailable (503)           loading, restarting, draining or failed
-    ├── EngineFailed (500)          one request could not be finished
-    └── StartupFailed               the command cannot go on; printed, never a trace
-        └── UnsupportedModel        architecture, tensor or file that llmd cannot run
+LlmdError
+├── InvalidRequest (400)        what the client sent cannot be honoured
+│   ├── ContextLengthExceeded   the prompt does not fit
+│   └── ModelNotFound (404)
+├── Overloaded (429)            try again later
+├── Unavailable (503)           loading, restarting, draining or failed
+├── EngineFailed (500)          one request could not be finished
+└── StartupFailed               the command cannot go on; printed, never a trace
+    └── UnsupportedModel        architecture, tensor or file that llmd cannot run
 """
 
 

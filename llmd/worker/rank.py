@@ -55,9 +55,7 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
     kv = allocate_kv_cache(
         spec, num_blocks=memory.num_blocks + 1, block_size=config.cache.block_size, dtype=dtype, device=device
     )
-    runner = Runner(
-        model, kv, num_blocks=memory.num_blocks, block_size=config.cache.block_size, device=device
-    )
+    runner = Runner(model, kv, num_blocks=memory.num_blocks, block_size=config.cache.block_size, device=device)
     control.send(ChildReady())
     ready = RankReady(rank=config.rank, num_blocks=memory.num_blocks, max_model_len=memory.max_model_len)
     _serve(runner, config.engine_path, ready)

@@ -39,17 +39,13 @@ class Runner:
         rows = self._sequences.take_in(plan)
         if not rows:
             return StepResult(step_id=plan.step_id, results=[])
-        batch = build_batch(
-            rows, block_size=self._block_size, padding_slot=self._padding_slot, device=self._device
-        )
+        batch = build_batch(rows, block_size=self._block_size, padding_slot=self._padding_slot, device=self._device)
         logits = self._model.forward(batch.inputs, self._kv)
         return StepResult(step_id=plan.step_id, results=_results(rows, batch, logits))
 
 
 def _results(rows: list[Row], batch: Batch, logits: Tensor) -> list[SequenceResult]:
-    prompt_logprobs = {
-        wanted.row: _prompt_logprobs(rows[wanted.row], wanted, logits) for wanted in batch.prompt_logits
-    }
+    prompt_logprobs = {wanted.row: _prompt_logprobs(rows[wanted.row], wanted, logits) for wanted in batch.prompt_logits}
     drawn = _draw(rows, batch, logits)
     results = []
     for row in sorted({*prompt_logprobs, *drawn}):

@@ -1,0 +1,33 @@
+"""The operations that the model and the sampler are made of. Nothing here knows llmd.
+
+One folder an operation: `__init__.py` holds the one public function, which chooses by the tensors' device (PyTorch's
+operators serve every device that has no kernel of its own); `reference.py` is the slow truth, `cost.py` the least
+that must be moved and computed, README.md what it computes, from which source, within which limits.
+"""
+
+from llmd_kernels.add_rms_norm import add_rms_norm
+from llmd_kernels.gated_mul import gated_mul
+from llmd_kernels.linear import linear
+from llmd_kernels.paged_attention import AttentionBatch, paged_attention
+from llmd_kernels.rms_norm import rms_norm
+from llmd_kernels.rope_kv_write import rope_kv_write
+from llmd_kernels.sample import RowSampling, SampledTokens, SamplingBatch, sample
+from llmd_kernels.token_logprobs import TokenLogprobs, token_logprobs
+from llmd_kernels.top_tokens import top_tokens
+
+__all__ = [
+    "AttentionBatch",
+    "RowSampling",
+    "SampledTokens",
+    "SamplingBatch",
+    "TokenLogprobs",
+    "add_rms_norm",
+    "gated_mul",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope_kv_write",
+    "sample",
+    "token_logprobs",
+    "top_tokens",
+]

@@ -1,0 +1,12 @@
+"""The gate of a gated MLP: activation of one half times the other."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from llmd_kernels.gated_mul import torch_ops
+
+
+def gated_mul(gate_up: Tensor, activation: Literal["silu", "gelu_tanh", "gelu"]) -> Tensor:
+    """gate_up [T, 2·I] (gate, then up) → [T, I] in its dtype: activation(gate) · up, computed in float32 at least."""
+    return torch_ops.gated_mul(gate_up, activation)

@@ -1,0 +1,231 @@
+"""One request being answered: events of the engine in, deltas that may be shown out.
+
+Streamed and whole answers are made of the same deltas (contract C6): a whole answer is the sum of them. It must not
+know how a chat or a completion looks; `chat` and `completions` render their own.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import trio
+
+from llmd.errors import EngineFailed
+from llmd.protocol.generation import FinishReason, TokenEvent, TokenLogprobs
+from llmd.server.context import Server, TextModel
+from llmd.server.engine_client import Generation
+from llmd.server.openai_responses import AnswerFinish, PromptTokensDetails, Usage
+from llmd.server.openai_types import CompletionRequest
+from llmd.server.parameters import stop_strings
+from llmd.server.question import Question
+from llmd.text.output import TextOutput
+
+
+@dataclass(frozen=True, slots=True)
+class ShownToken:
+    """One token of a choice, as its log-probabilities are reported."""
+
+    token_id: int
+    offset: int  # characters of the choice's text before it
+    logprobs: TokenLogprobs | None  # None for the first token of an echoed prompt: nothing stands before it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one choice has new and may be shown."""
+
+    index: int
+    is_first: bool
+    text: str
+    tokens: list[ShownToken]  # empty unless log-probabilities are asked
+    token_ids: list[int]  # drawn since the last delta, whether they show or not
+    finish_reason: AnswerFinish | None
+    stop_reason: str | int | None  # the stop string, or the client's own stop token
+
+
+@contextmanager
+def answering(server: Server, question: Question) -> Iterator["Answer"]:
+    """Generate for as long as the block lasts. However it is left, what has not ended is cancelled and counted."""
+    with server.engine.generate(question.starts()) as generation:
+        answer = Answer(server, question, generation)
+        try:
+            yield answer
+        except Exception:
+            answer.close("error")
+            raise
+        finally:
+            answer.close("abort")
+
+
+async def collect(server: Server, question: Question) -> tuple[list[Delta], Usage]:
+    """The whole answer: each choice as one delta, in order of index. Raises EngineFailed."""
+    parts: list[list[Delta]] = [[] for _ in range(question.num_choices)]
+    with answering(server, question) as answer:
+        while not answer.is_over:
+            for delta in await answer.deltas():
+                parts[delta.index].append(delta)
+        return [_sum(deltas) for deltas in parts], answer.usage()
+
+
+def _sum(deltas: Sequence[Delta]) -> Delta:
+    """All that the deltas of one choice say, in one."""
+    return Delta(
+        index=deltas[-1].index,
+        is_first=True,
+        text="".join([delta.text for delta in deltas]),
+        tokens=[token for delta in deltas for token in delta.tokens],
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        finish_reason=deltas[-1].finish_reason,
+        stop_reason=deltas[-1].stop_reason,
+    )
+
+
+class Answer:
+    """The choices of one request while they grow. Ask for `deltas` until `is_over`; then `usage` is final."""
+
+    def __init__(self, server: Server, question: Question, generation: Generation) -> None:
+        self._metrics = server.metrics
+        self._question = question
+        self._generation = generation
+        text = server.loaded_text()
+        self._choices = [_Choice(text, question, index) for index in range(question.num_choices)]
+        self._num_open = question.num_choices
+
+    @property
+    def is_over(self) -> bool:
+        return self._num_open == 0
+
+    async def deltas(self) -> list[Delta]:
+        """What is new since the last call, of all choices, in order of arrival; waits for the first.
+
+        Raises EngineFailed if one of the choices cannot be finished.
+        """
+        deltas: list[Delta] = []
+        for index, event in await self._generation.take():
+            choice = self._choices[index]
+            if choice.is_finished:
+                continue  # a stop string ended it, and the engine had not heard yet
+            self._observe(choice)
+            delta = choice.push(event)
+            if delta is None:
+                continue
+            deltas.append(delta)
+            if delta.finish_reason is not None:
+                self._num_open -= 1
+                self._generation.cancel(index)
+                self._finish(choice, delta.finish_reason)
+        return deltas
+
+    def usage(self) -> Usage:
+        """Tokens of the whole request so far."""
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._question.prompts)
+        completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        # the further choices of a prompt find in the cache what the first has put there: that saved the client nothing
+        cached_tokens = sum(choice.num_cached_tokens for choice in self._choices[:: self._question.request.n])
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens),
+        )
+
+    def close(self, reason: str) -> None:
+        """Count what has not ended: "abort" if the client left, "error" if something failed."""
+        for choice in self._choices:
+            if not choice.is_finished:
+                self._finish(choice, reason)
+
+    def _observe(self, choice: "_Choice") -> None:
+        now = trio.current_time()
+        if choice.last_event_at is None:
+            choice.first_token_seconds = now - self._question.arrived
+            self._metrics.first_token(choice.first_token_seconds)
+        else:
+            self._metrics.inter_token(now - choice.last_event_at)
+        choice.last_event_at = now
+
+    def _finish(self, choice: "_Choice", reason: str) -> None:
+        choice.is_finished = True
+        self._metrics.finished(
+            reason,
+            prompt_tokens=len(choice.prompt.token_ids),
+            output_tokens=choice.num_tokens,
+            e2e_seconds=trio.current_time() - self._question.arrived,
+            n=self._question.request.n,
+            max_tokens=choice.sampling.max_tokens,
+            first_token_seconds=choice.first_token_seconds,
+        )
+
+
+class _Choice:
+    """One choice: tokens in, text that is safe to show out."""
+
+    def __init__(self, text: TextModel, question: Question, index: int) -> None:
+        self.index = index
+        self.prompt = question.prompts[index // question.request.n]
+        self.sampling = question.sampling[index // question.request.n]
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.is_finished = False
+        self.last_event_at: float | None = None
+        self.first_token_seconds: float | None = None
+        self._tokenizer = text.tokenizer
+        self._request = question.request
+        self._echoes = isinstance(question.request, CompletionRequest) and question.request.echo
+        self._is_first = True
+        self._num_echoed_characters = 0
+        self._output = TextOutput(
+            text.tokenizer,
+            prompt_token_ids=self.prompt.token_ids,
+            stop=stop_strings(question.request),
+            stop_token_ids=question.request.stop_token_ids,
+            include_stop_str_in_output=question.request.include_stop_str_in_output,
+            min_tokens=question.request.min_tokens,
+            skip_special_tokens=question.request.skip_special_tokens,
+        )
+
+    def push(self, event: TokenEvent) -> Delta | None:
+        """What the event adds; None if there is nothing to show yet. Raises EngineFailed for an error event."""
+        if event.finish is FinishReason.ERROR:
+            raise EngineFailed(event.error or "The engine could not finish this request.")
+        is_first, self._is_first = self._is_first, False
+        echo, echoed_tokens = self._echo(event.prompt_logprobs) if is_first and self._echoes else ("", [])
+        new = self._output.push(event.token_ids, finish=event.finish)
+        token_ids = event.token_ids[: new.num_tokens]
+        offsets = [self._num_echoed_characters + offset for offset in new.text_offsets]
+        # strict is off: tokens behind a stop string have log-probabilities too, and the lists end where the text does
+        tokens = [ShownToken(*shown) for shown in zip(token_ids, offsets, event.logprobs, strict=False)]
+        self.num_tokens += new.num_tokens
+        self.num_cached_tokens = event.num_cached_tokens or self.num_cached_tokens
+        self.is_finished = new.finish_reason is not None
+        text = echo + new.text
+        if not (is_first or text or tokens or self.is_finished or (token_ids and self._request.return_token_ids)):
+            return None
+        return Delta(
+            index=self.index,
+            is_first=is_first,
+            text=text,
+            tokens=echoed_tokens + tokens,
+            token_ids=token_ids,
+            finish_reason=cast("AnswerFinish | None", new.finish_reason and new.finish_reason.value),
+            stop_reason=new.stop_reason,
+        )
+
+    def _echo(self, prompt_logprobs: list[TokenLogprobs] | None) -> tuple[str, list[ShownToken]]:
+        """The prompt as the beginning of the answer, and its tokens if log-probabilities are asked.
+
+        A prompt that came as text is given back as it came; what the tokenizer put in front of it has no place there.
+        """
+        token_ids, given = self.prompt.token_ids, self.prompt.text
+        skip_special_tokens = given is None and self._request.skip_special_tokens
+        output = TextOutput(self._tokenizer, prompt_token_ids=(), skip_special_tokens=skip_special_tokens)
+        decoded = output.push(token_ids, finish=FinishReason.LENGTH)
+        text = decoded.text if given is None else given
+        self._num_echoed_characters = len(text)
+        if prompt_logprobs is None:
+            return text, []
+        num_in_front = max(0, len(decoded.text) - len(text))
+        offsets = [max(0, offset - num_in_front) for offset in decoded.text_offsets]
+        logprobs = [None, *prompt_logprobs]
+        return text, [ShownToken(*shown) for shown in zip(token_ids, offsets, logprobs, strict=True)]

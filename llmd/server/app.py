@@ -1,0 +1,155 @@
+"""Builds the Quart-Trio application: every route, in one list. Opens no socket.
+
+A route is a function `async def name(server: Server) -> Response`; a variable part of the path comes as a keyword
+argument of that name. It may raise anything: `error_handlers` renders it. `quart.g.request_id` names the request.
+"""
+
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+
+from quart import Response, g, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from llmd.server import chat, completions, docs_page, health, models, tokenization
+from llmd.server.connection import ClientConnection
+from llmd.server.context import Server
+from llmd.server.error_handlers import error_response, register_error_handlers
+from llmd.server.health import Health, Version
+from llmd.server.openai_responses import (
+    ChatCompletion,
+    Completion,
+    DetokenizeResponse,
+    ModelCard,
+    ModelList,
+    TokenizeResponse,
+)
+from llmd.server.openai_types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from llmd.server.openapi import openapi_document
+from llmd.server.responses import json_response
+from llmd.server.route import Route
+
+_BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+# what may be sent back as it came: nothing that could start another header or break a log line
+_REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+
+async def openapi(server: Server) -> Response:
+    """This document."""
+    return json_response(openapi_document(ROUTES))
+
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        chat.chat_completions,
+        "Answer a conversation",
+        body=ChatCompletionRequest,
+        result=ChatCompletion,
+        streams=True,
+        errors=_BODY_ERRORS,
+    ),
+    Route(
+        "POST",
+        "/v1/completions",
+        completions.completions,
+        "Continue a text",
+        body=CompletionRequest,
+        result=Completion,
+        streams=True,
+        errors=_BODY_ERRORS,
+    ),
+    Route("GET", "/v1/models", models.list_models, "The models that are served here", result=ModelList),
+    Route("GET", "/v1/models/<path:model_id>", models.get_model, "One of the models", result=ModelCard, errors=(404,)),
+    Route(
+        "POST",
+        "/tokenize",
+        tokenization.tokenize,
+        "A text or a conversation as token ids",
+        body=TokenizeRequest,
+        result=TokenizeResponse,
+        errors=_BODY_ERRORS,
+    ),
+    Route(
+        "POST",
+        "/detokenize",
+        tokenization.detokenize,
+        "Token ids as text",
+        body=DetokenizeRequest,
+        result=DetokenizeResponse,
+        errors=_BODY_ERRORS,
+    ),
+    Route(
+        "GET", "/health", health.health, "Ready to generate, or what comes before that", result=Health, unready=Health
+    ),
+    Route("GET", "/health/live", health.live, "Does the process answer?", result=Health),
+    Route("GET", "/health/ready", health.ready, "The same as /health", result=Health, unready=Health),
+    Route("GET", "/metrics", health.metrics, "Figures for Prometheus", content_type="text/plain"),
+    Route("GET", "/version", health.version, "The version of llmd", result=Version),
+    Route("GET", "/openapi.json", openapi, "The description of this API", content_type="application/json"),
+    Route("GET", "/docs", docs_page.docs, "This API, to read and to try", content_type="text/html"),
+    Route("GET", "/", docs_page.index, "A page that says what this is", content_type="text/html"),
+)
+
+
+def create_app(server: Server) -> QuartTrio:
+    """The application; nothing of it is shared with another one."""
+    app = QuartTrio(__name__, static_folder=None)
+    app.asgi_http_class = ClientConnection
+    app.config["MAX_CONTENT_LENGTH"] = server.config.http.max_body_bytes
+    app.config["BODY_TIMEOUT"] = server.config.http.body_timeout
+    app.config["RESPONSE_TIMEOUT"] = None
+    # a path means what it says: no redirects
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    for route in ROUTES:
+        app.add_url_rule(route.path, route.operation_id, _view(route, server), methods=[route.method])
+    register_error_handlers(app)
+    _name_requests(app)
+    _count_answers(app, server)
+    return app
+
+
+def _view(route: Route, server: Server) -> Callable[..., Awaitable[Response]]:
+    """The route as Quart calls it. Its failures are rendered here, since Quart has no fixed order for groups."""
+
+    async def view(**path_arguments: str) -> Response:
+        try:
+            return await route.answer(server, **path_arguments)
+        except HTTPException:
+            raise  # `explain` has more to say of it
+        except Exception as error:
+            return error_response(error)
+
+    return view
+
+
+def _name_requests(app: QuartTrio) -> None:
+    """X-Request-Id: the client's own, if it can be sent back safely, else a new one."""
+
+    async def name_request() -> None:
+        given = request.headers.get("X-Request-Id", "")
+        g.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+    async def send_name(response: Response) -> Response:
+        response.headers["X-Request-Id"] = g.request_id
+        return response
+
+    app.before_request(name_request)
+    app.after_request(send_name)
+
+
+def _count_answers(app: QuartTrio, server: Server) -> None:
+    async def count_answer(response: Response) -> Response:
+        handler = request.url_rule.rule if request.url_rule else "none"
+        # a client may invent methods, and every label value is kept for ever
+        method = request.method if request.method in _METHODS else "other"
+        server.metrics.http_answer(handler=handler, method=method, status=response.status_code)
+        return response
+
+    app.after_request(count_answer)

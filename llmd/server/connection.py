@@ -1,0 +1,151 @@
+"""Ties a request to its client: who leaves is not worked for. Knows nothing of sockets or of what a route does."""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trio
+from quart.typing import ResponseTypes
+from quart.utils import encode_headers
+from quart.wrappers import Request
+from quart_trio.asgi import TrioASGIHTTPConnection
+
+from llmd.errors import Unavailable
+from llmd.server.error_handlers import error_body, error_response
+from llmd.server.responses import StreamResponse
+
+Message = Any  # an ASGI event: a dictionary with a "type"
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_log = logging.getLogger(__name__)
+
+
+class OpenRequests:
+    """The requests that a server works on, so that its shutdown can wait for them, and end them.
+
+    It reaches the requests as `scope["state"]["open_requests"]`, the way that ASGI has for such things.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._work: set[trio.CancelScope] = set()
+        self._idle = trio.Event()
+
+    @contextmanager
+    def one_more(self) -> Iterator[None]:
+        """A request, from its first byte to the last of its answer."""
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if self._count == 0:
+                self._idle.set()
+                self._idle = trio.Event()
+
+    @contextmanager
+    def work(self) -> Iterator[trio.CancelScope]:
+        """The part of a request that a shutdown may cut; sending what there is to say goes on after it."""
+        with trio.CancelScope() as scope:
+            self._work.add(scope)
+            try:
+                yield scope
+            finally:
+                self._work.remove(scope)
+
+    async def wait_none(self) -> None:
+        while self._count:
+            await self._idle.wait()
+
+    def cut_all(self) -> None:
+        for scope in self._work:
+            scope.cancel()
+
+
+class ClientConnection(TrioASGIHTTPConnection):
+    """One request and its answer. If the client leaves before the last byte is handed over, all of it is cancelled.
+
+    After that it is not: Hypercorn reports `http.disconnect` from inside the last `send`, where Quart-Trio would cancel
+    the very code that closes the connection or starts to wait for the next request.
+    """
+
+    async def __call__(self, receive: Receive, send: Send) -> None:
+        self._open_requests: OpenRequests = self.scope.get("state", {}).get("open_requests") or OpenRequests()
+        self._started = False
+        self._ending = False
+        self._body_bytes = 0
+
+        async def receive_next() -> Message:
+            return await self._receive(receive)
+
+        async def send_noting_progress(message: Message) -> None:
+            self._started = True
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                self._ending = True
+            await send(message)
+
+        with self._open_requests.one_more():
+            try:
+                await super().__call__(receive_next, send_noting_progress)
+            except* Exception as errors:
+                response = error_response(errors)
+                if not self._started:
+                    await self._send_response(send, response)
+
+    async def _receive(self, receive: Receive) -> Message:
+        """The next event, but no disconnect after the answer's end, and no more body than Quart may take."""
+        limit = self.app.config["MAX_CONTENT_LENGTH"]
+        while True:
+            message = await receive()
+            if message["type"] == "http.request":
+                if self._body_bytes > limit:
+                    continue
+                self._body_bytes += len(message.get("body", b""))
+                if self._body_bytes > limit:
+                    # Quart sees that this is too much, and has no need to see the rest
+                    return {**message, "more_body": False}
+            elif message["type"] == "http.disconnect" and self._ending:
+                await trio.sleep_forever()
+            return message
+
+    async def handle_request(  # type: ignore[override]  # as in Quart-Trio's own class
+        self, nursery: trio.Nursery, request: Request, send: Send
+    ) -> None:
+        response: ResponseTypes
+        with self._open_requests.work() as work:
+            response = await self.app.handle_request(request)
+        if work.cancelled_caught:
+            response = error_response(_shutting_down())
+        await self._send_response(send, response)
+        nursery.cancel_scope.cancel()
+
+    async def _send_response(self, send: Send, response: ResponseTypes) -> None:
+        if not isinstance(response, StreamResponse):
+            await super()._send_response(send, response)
+            return
+        headers = encode_headers(response.headers)
+        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        await self._send_stream(send, response)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_stream(self, send: Send, response: StreamResponse) -> None:
+        async def send_bytes(data: bytes) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        failure: Exception | None = None
+        with self._open_requests.work() as work:
+            try:
+                await response.run(send_bytes)
+            except Exception as error:
+                _log.error("a stream failed", exc_info=error)
+                failure = error
+        if work.cancelled_caught:
+            failure = _shutting_down()
+        if failure is not None:
+            await send_bytes(b"data: " + error_body(failure) + b"\n\n")
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("The server is shutting down. Please try again.")

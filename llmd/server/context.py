@@ -1,0 +1,69 @@
+"""What every route needs to know, made once a process. Holds things; does not do the work of any route."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import trio
+
+from llmd.config import ServerConfig
+from llmd.errors import Unavailable
+from llmd.protocol.control import Stage, SystemState
+from llmd.server.engine_client import EngineClient
+from llmd.server.metrics import Metrics
+from llmd.text.chat_template import ChatTemplate
+from llmd.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextModel:
+    """The model as seen from outside the engine: text ↔ token ids, and its limits."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None  # None = the model has none; chat is refused
+    max_model_len: int  # tokens of prompt and answer that fit, as the engine found
+    vocab_size: int
+    sampling_defaults: Mapping[str, float]  # of generation_config.json; empty unless the operator asked for them
+
+
+class StateBoard:
+    """The latest `SystemState` that the supervisor told, and a way to wait for the next."""
+
+    def __init__(self) -> None:
+        self._current = SystemState(stage=Stage.STARTING)
+        self._changed = trio.Event()
+
+    @property
+    def current(self) -> SystemState:
+        return self._current
+
+    def update(self, state: SystemState) -> None:
+        self._current = state
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_changed(self) -> None:
+        """Until the next `update`, however short a time its state lasts."""
+        await self._changed.wait()
+
+
+@dataclass(slots=True)
+class Server:
+    """One server process. Only `text` changes: None until the model folder is known and the engine stands."""
+
+    config: ServerConfig
+    state: StateBoard
+    engine: EngineClient
+    metrics: Metrics
+    text: TextModel | None = None
+
+    def loaded_text(self) -> TextModel:
+        """The text model. Raises Unavailable with the reason while no request may begin."""
+        state = self.state.current
+        if state.stage is Stage.FAILED:
+            raise Unavailable(f"This server has failed: {state.detail}")
+        if state.stage is Stage.DRAINING:
+            raise Unavailable("The server is shutting down. Please try again.")
+        if self.text is None:
+            detail = f" ({state.detail})" if state.detail else ""
+            raise Unavailable(f"The model is not ready yet: {state.stage}{detail}. Please try again shortly.")
+        return self.text

@@ -1,0 +1,264 @@
+"""The server's side of the engine socket: many generations over one stream that may be lost and come back.
+
+It owns the state of every open sequence (contract C1), so a new engine goes on where the last one stopped. It must
+not know HTTP, text or metrics.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Generic, TypeVar
+
+import msgspec
+import trio
+
+from llmd.protocol.framing import FrameDecoder, encode_frame
+from llmd.protocol.generation import (
+    CancelRequest,
+    EngineReady,
+    EngineStatistics,
+    EngineToServer,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    StepEvents,
+    TokenEvent,
+)
+
+Item = TypeVar("Item")
+Connect = Callable[[str], Awaitable[trio.abc.Stream]]
+
+FIRST_RETRY = 0.05  # seconds
+LAST_RETRY = 1.0
+
+# So many engines get a sequence without giving it a token: it may be what kills them. Not fewer, since one that only
+# waits its turn gets no token either.
+MAX_FRUITLESS = 5
+
+
+class Mailbox(Generic[Item]):
+    """Many may put, one takes all that is pending. Putting never waits, so nobody slow can hold up the sender."""
+
+    def __init__(self) -> None:
+        self._items: list[Item] = []
+        self._waiting = trio.lowlevel.ParkingLot()
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        self._waiting.unpark()
+
+    async def take(self) -> list[Item]:
+        """Everything that has come in, at least one. Always a checkpoint; a cancelled take loses nothing."""
+        if self._items:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._waiting.park()
+        items, self._items = self._items, []
+        return items
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """One sequence as it begins: what the engine must know of it."""
+
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+
+IndexedEvent = tuple[int, TokenEvent]  # (which sequence of the generation, what it says)
+
+
+@dataclass(slots=True, eq=False)
+class _OpenSequence:
+    """A sequence that has not ended, with everything that is needed to submit it again."""
+
+    index: int
+    start: SequenceStart
+    events: Mailbox[IndexedEvent]
+    request_id: int = -1  # of the latest submission
+    output_token_ids: list[int] = field(default_factory=list)
+    heard: bool = False  # its first event came, and with it what is told once only
+    num_fruitless: int = 0  # submissions since the last token
+
+    def request(self) -> GenerateRequest:
+        sampling = self.start.sampling
+        if self.heard and sampling.num_prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, num_prompt_logprobs=None)
+        return GenerateRequest(
+            request_id=self.request_id,
+            prompt_token_ids=self.start.prompt_token_ids,
+            sampling=sampling,
+            output_token_ids=self.output_token_ids,
+            priority=self.start.priority,
+            cache_salt=self.start.cache_salt,
+        )
+
+    def take_in(self, event: TokenEvent) -> None:
+        if self.heard and (event.prompt_logprobs is not None or event.num_cached_tokens is not None):
+            event = msgspec.structs.replace(event, prompt_logprobs=None, num_cached_tokens=None)
+        self.heard = True
+        self.num_fruitless = 0
+        self.output_token_ids += event.token_ids
+        self.events.put((self.index, event))
+
+    def fail(self, message: str) -> None:
+        self.take_in(TokenEvent(request_id=self.request_id, finish=FinishReason.ERROR, error=message))
+
+
+class Generation:
+    """The sequences of one client's request, for as long as `EngineClient.generate` lasts."""
+
+    def __init__(self, engine: "EngineClient", events: Mailbox[IndexedEvent], sequences: list[_OpenSequence]) -> None:
+        self._engine = engine
+        self._events = events
+        self._sequences = sequences
+
+    async def take(self) -> list[IndexedEvent]:
+        """All events that are pending, in order of arrival; waits for the first. One event a sequence has `finish`."""
+        return await self._events.take()
+
+    def cancel(self, index: int) -> None:
+        """Stop one sequence early. Events of it that are pending already still come."""
+        self._engine._close(self._sequences[index])
+
+    def cancel_all(self) -> None:
+        for sequence in self._sequences:
+            self._engine._close(sequence)
+
+
+class EngineClient:
+    """`run()` keeps the connection; `generate()` works whether there is one or not, and waits through a restart.
+
+    `path` is the engine's unix socket. `connect` opens it; tests give their own.
+    """
+
+    def __init__(self, path: str, *, connect: Connect = trio.open_unix_socket) -> None:
+        self._path = path
+        self._connect = connect
+        # never used twice, so what a dead engine still says is nobody's
+        self._request_ids = count()
+        self._open: dict[int, _OpenSequence] = {}
+        self._outbox: Mailbox[bytes] = Mailbox()
+        self._became_ready = trio.Event()
+        self.ready: EngineReady | None = None
+        self.statistics: EngineStatistics | None = None
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._open)
+
+    async def wait_ready(self) -> EngineReady:
+        while self.ready is None:
+            await self._became_ready.wait()
+        return self.ready
+
+    @contextmanager
+    def generate(self, starts: Sequence[SequenceStart]) -> Iterator[Generation]:
+        """Run these sequences for as long as the block lasts. Leaving it cancels what has not ended."""
+        events: Mailbox[IndexedEvent] = Mailbox()
+        sequences = [_OpenSequence(index, start, events) for index, start in enumerate(starts)]
+        generation = Generation(self, events, sequences)
+        try:
+            for sequence in sequences:
+                self._submit(sequence)
+            yield generation
+        finally:
+            # a cancelled task may not await here, so this only queues the messages
+            generation.cancel_all()
+
+    def fail_all(self, message: str) -> None:
+        """End every open sequence with an error: the engine will not come back."""
+        for sequence in list(self._open.values()):
+            self._close(sequence)
+            sequence.fail(message)
+
+    async def run(self) -> None:
+        """Connect, converse, connect again; until cancelled."""
+        delay = FIRST_RETRY
+        while True:
+            try:
+                stream = await self._connect(self._path)
+            except OSError:
+                pass  # nobody listens (yet, or any more): the supervisor tells the operator why
+            else:
+                if await self._converse(stream):
+                    delay = FIRST_RETRY
+            await trio.sleep(delay)
+            delay = min(2 * delay, LAST_RETRY)
+
+    async def _converse(self, stream: trio.abc.Stream) -> bool:
+        """One connection until it is lost. True if the engine became ready on it."""
+        # what was queued for the last engine means nothing to this one
+        self._outbox = Mailbox()
+        try:
+            async with stream, trio.open_nursery() as nursery:
+                nursery.start_soon(self._write, stream, self._outbox)
+                await self._read(stream)
+                nursery.cancel_scope.cancel()
+        finally:
+            was_ready, self.ready = self.ready is not None, None
+            if was_ready:
+                self._became_ready = trio.Event()
+        return was_ready
+
+    async def _write(self, stream: trio.abc.SendStream, outbox: Mailbox[bytes]) -> None:
+        try:
+            while True:
+                await stream.send_all(b"".join(await outbox.take()))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return  # the reader sees it too, and ends the conversation
+
+    async def _read(self, stream: trio.abc.ReceiveStream) -> None:
+        decoder: FrameDecoder[EngineToServer] = FrameDecoder(EngineToServer)
+        try:
+            async for data in stream:
+                for message in decoder.feed(data):
+                    self._take_in(message)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, msgspec.DecodeError):
+            return  # a dead engine, or one that speaks another language: `run` looks for the next
+
+    def _take_in(self, message: EngineToServer) -> None:
+        match message:
+            case EngineReady():
+                self.ready = message
+                self._became_ready.set()
+                self._submit_open()
+            case StepEvents():
+                if message.statistics is not None:
+                    self.statistics = message.statistics
+                for event in message.events:
+                    self._deliver(event)
+
+    def _submit_open(self) -> None:
+        """Give a new engine all that the last ones left."""
+        sequences = list(self._open.values())
+        self._open.clear()
+        for sequence in sequences:
+            if sequence.num_fruitless < MAX_FRUITLESS:
+                self._submit(sequence)
+            else:
+                sequence.fail(f"The engine has died {MAX_FRUITLESS} times while it had this request.")
+
+    def _submit(self, sequence: _OpenSequence) -> None:
+        """Under a new id, now or as soon as there is an engine."""
+        sequence.request_id = next(self._request_ids)
+        self._open[sequence.request_id] = sequence
+        if self.ready is not None:
+            sequence.num_fruitless += 1
+            self._outbox.put(encode_frame(sequence.request()))
+
+    def _deliver(self, event: TokenEvent) -> None:
+        sequence = self._open.get(event.request_id)
+        if sequence is None:
+            return  # cancelled while the event was on its way
+        sequence.take_in(event)
+        if event.finish is not None:
+            del self._open[event.request_id]
+
+    def _close(self, sequence: _OpenSequence) -> None:
+        if self._open.pop(sequence.request_id, None) is not None and self.ready is not None:
+            self._outbox.put(encode_frame(CancelRequest(sequence.request_id)))

@@ -1,0 +1,80 @@
+"""The OpenAPI 3.1 document, made of the routes and the structs that they name. Knows no request."""
+
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from llmd import __version__
+from llmd.server.error_handlers import ErrorResponse
+from llmd.server.route import Route
+
+Json = dict[str, Any]
+
+_PARAMETER = re.compile(r"<(?:\w+:)?(?P<name>\w+)>")
+_ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
+
+
+def openapi_document(routes: Sequence[Route]) -> Json:
+    """The document as JSON values."""
+    schemas = _Schemas(routes)
+    paths: dict[str, Json] = {}
+    for route in routes:
+        path = _PARAMETER.sub(r"{\g<name>}", route.path)
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "llmd", "version": __version__, "description": "An open-weights model over the OpenAI API."},
+        "paths": paths,
+        "tags": [{"name": "default"}],
+        # any key is taken; clients that always send one need not be told otherwise
+        "security": [{}, {"bearer": []}],
+        "components": {
+            "schemas": schemas.components,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+class _Schemas:
+    """The JSON schemas of every struct that a route names, with references between them."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        named = [each for route in routes for each in (route.body, route.result, route.unready)]
+        types = list(dict.fromkeys([*(each for each in named if each is not None), ErrorResponse]))
+        schemas, self.components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+        self._by_type = dict(zip(types, schemas, strict=True))
+
+    def content(self, struct: Any) -> Json:
+        return {"application/json": {"schema": self._by_type[struct]}}
+
+
+def _operation(route: Route, schemas: _Schemas) -> Json:
+    operation: Json = {
+        "operationId": route.operation_id,
+        "tags": ["default"],
+        "summary": route.summary,
+        "responses": _responses(route, schemas),
+    }
+    if names := _PARAMETER.findall(route.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": schemas.content(route.body)}
+    return operation
+
+
+def _responses(route: Route, schemas: _Schemas) -> Json:
+    content = schemas.content(route.result) if route.result is not None else {route.content_type: {}}
+    if route.streams:
+        content["text/event-stream"] = {"schema": {"type": "string", "description": "With `stream`: `data:` events."}}
+    responses: Json = {"200": {"description": "OK", "content": content}}
+    for status in (*route.errors, 500):
+        error = {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
+        responses[str(status)] = error
+    if route.unready is not None:
+        responses["503"] = {"description": "Not ready yet", "content": schemas.content(route.unready)}
+    return responses

@@ -1,0 +1,68 @@
+"""What a server process does from its start to its end. Knows no route: `app` has them."""
+
+import math
+import signal
+import socket
+from pathlib import Path
+
+import trio
+
+from llmd.child import ControlChannel
+from llmd.config import SECONDS, ServerConfig
+from llmd.errors import StartupFailed
+from llmd.protocol.control import ChildFailed, ChildReady, Stage
+from llmd.server.app import create_app
+from llmd.server.context import Server, StateBoard
+from llmd.server.engine_client import EngineClient
+from llmd.server.metrics import Metrics
+from llmd.server.serving import CUT_GRACE, serve
+from llmd.server.text_model import load_text_model
+
+# beyond all that an orderly shutdown may take; then the kernel ends this process
+_WATCHDOG_MARGIN = 2 * SECONDS
+
+
+async def run(config: ServerConfig, control: ControlChannel) -> None:
+    """Answer HTTP on the inherited sockets until the supervisor says that the system drains, or is gone."""
+    server = Server(
+        config=config,
+        state=StateBoard(),
+        engine=EngineClient(config.engine_path),
+        metrics=Metrics(config.model.served_names[0]),
+    )
+    sockets = [socket.socket(fileno=fd) for fd in config.listen_fds]
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.engine.run)
+        nursery.start_soon(_follow_state, server, control, stop, nursery.cancel_scope)
+        nursery.start_soon(_load_text, server, control)
+        await serve(create_app(server), config.http, sockets=sockets, stop=stop)
+        nursery.cancel_scope.cancel()
+
+
+async def _follow_state(
+    server: Server, control: ControlChannel, stop: trio.Event, everything: trio.CancelScope
+) -> None:
+    """Keep the state board true, until the supervisor is gone: then nobody needs this process either."""
+    while (state := await control.wait_state()) is not None:
+        server.state.update(state)
+        if state.stage is Stage.FAILED:
+            server.engine.fail_all(f"The engine has failed: {state.detail}")
+        elif state.stage is Stage.DRAINING and not stop.is_set():
+            # unhandled, SIGALRM ends the process even if its event loop is stuck
+            signal.alarm(math.ceil(server.config.http.drain_timeout + CUT_GRACE + _WATCHDOG_MARGIN))
+            stop.set()
+    everything.cancel()
+
+
+async def _load_text(server: Server, control: ControlChannel) -> None:
+    """Once the model folder is known and the engine stands, requests may begin."""
+    while (folder := server.state.current.model_dir) is None:
+        await server.state.wait_changed()
+    try:
+        server.text = await load_text_model(server.config.model, Path(folder), server.engine)
+    except StartupFailed as error:
+        # the supervisor decides what becomes of the whole; until then, `/health` goes on telling what it knows
+        control.send(ChildFailed(str(error)))
+    else:
+        control.send(ChildReady())

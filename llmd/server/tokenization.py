@@ -1,0 +1,194 @@
+"""Prompts and conversations → token ids, and the routes /tokenize and /detokenize. Long texts go to a thread, since
+an event loop that waits for one text holds up every stream."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import trio
+from quart import Response
+
+from llmd.errors import InvalidRequest
+from llmd.server.context import Server, TextModel
+from llmd.server.openai_responses import DetokenizeResponse, TokenizeResponse
+from llmd.server.openai_types import ChatMessage, ContentPart, DetokenizeRequest, TokenizeRequest, ToolCall
+from llmd.server.parameters import check_model
+from llmd.server.request_body import read_json_body
+from llmd.server.request_decoding import decode_request
+from llmd.server.responses import json_response
+
+Result = TypeVar("Result")
+
+THREAD_FROM = 4096  # characters or tokens: about a millisecond of work
+
+
+class Conversation(Protocol):
+    """The fields by which a conversation becomes text; chat and /tokenize share them."""
+
+    @property
+    def messages(self) -> list[ChatMessage] | None: ...
+    @property
+    def add_generation_prompt(self) -> bool: ...
+    @property
+    def continue_final_message(self) -> bool: ...
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]: ...
+    @property
+    def documents(self) -> list[dict[str, Any]] | None: ...
+    @property
+    def add_special_tokens(self) -> bool | None: ...
+
+
+async def run_sized(size: int, work: Callable[[], Result]) -> Result:
+    """`work()`, in a thread if there is much to do. A client that leaves does not wait for the thread."""
+    if size < THREAD_FROM:
+        return work()
+    return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+
+
+async def encode_prompts(text: TextModel, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each prompt."""
+
+    def encode_all() -> list[list[int]]:
+        return [text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
+
+    return await run_sized(sum(map(len, prompts)), encode_all)
+
+
+async def encode_conversation(
+    text: TextModel, request: Conversation, *, reasoning_effort: str | None = None
+) -> list[int]:
+    """Token ids of a conversation, by the model's chat template.
+
+    The template writes its own special tokens, so none are added unless the request says so. Raises InvalidRequest:
+    the model has no template, or the template refuses the conversation.
+    """
+    template = text.chat_template
+    if template is None:
+        raise InvalidRequest(
+            "This model has no chat template. Start the server with --chat-template, or use /v1/completions.",
+            param="messages",
+        )
+    messages = template_messages(request.messages or [])
+    kwargs = dict(request.chat_template_kwargs)
+    if reasoning_effort is not None:
+        kwargs["reasoning_effort"] = reasoning_effort
+
+    def render_and_encode() -> list[int]:
+        prompt = template.render(
+            messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            documents=request.documents,
+            kwargs=kwargs,
+        )
+        return text.tokenizer.encode(prompt, add_special_tokens=bool(request.add_special_tokens))
+
+    return await run_sized(sum(_size(message) for message in request.messages or []), render_and_encode)
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """The conversation as chat templates read it. Raises InvalidRequest for content that is missing or not text."""
+    if not messages:
+        raise InvalidRequest("`messages` must have at least one message.", param="messages")
+    return [_template_message(message, f"messages.{index}") for index, message in enumerate(messages)]
+
+
+def _template_message(message: ChatMessage, path: str) -> dict[str, Any]:
+    values: dict[str, Any] = {"role": message.role, "content": _content(message, path)}
+    if message.name is not None:
+        values["name"] = message.name
+    if message.tool_calls:
+        values["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        values["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        values["reasoning_content"] = message.reasoning_content
+    return values
+
+
+def _content(message: ChatMessage, path: str) -> str | list[dict[str, Any]]:
+    if message.content is None:
+        if message.role != "assistant":
+            raise InvalidRequest(f"A message of the role '{message.role}' must have content.", param=f"{path}.content")
+        return message.refusal or ""
+    if isinstance(message.content, str):
+        return message.content
+    return [
+        {"type": "text", "text": _part_text(part, f"{path}.content.{index}")}
+        for index, part in enumerate(message.content)
+    ]
+
+
+def _part_text(part: ContentPart, path: str) -> str:
+    text = {"text": part.text, "refusal": part.refusal}.get(part.type)
+    if part.type not in ("text", "refusal"):
+        raise InvalidRequest(
+            f"Content of the type '{part.type[:64]}' is not supported by this model; only 'text' is.",
+            param=f"{path}.type",
+            code="unsupported_content_type",
+        )
+    if text is None:
+        raise InvalidRequest(
+            f"Missing required parameter: '{path}.{part.type}'.",
+            param=f"{path}.{part.type}",
+            code="missing_required_parameter",
+        )
+    return text
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    """Templates want the arguments as an object; clients send back the string that they were given."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        # what is no JSON object is shown to the model as it came
+        with suppress(msgspec.DecodeError, RecursionError):
+            arguments = msgspec.json.decode(arguments, type=dict[str, Any])
+    return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
+
+
+def _size(message: ChatMessage) -> int:
+    if isinstance(message.content, list):
+        return sum(len(part.text or "") for part in message.content)
+    return len(message.content or "")
+
+
+async def tokenize(server: Server) -> Response:
+    """POST /tokenize"""
+    request = decode_request(await read_json_body(), TokenizeRequest)
+    check_model(request.model, server.config.model.served_names)
+    if (request.prompt is None) == (request.messages is None):
+        raise InvalidRequest("Give either `prompt` or `messages`.", param="prompt")
+    text = server.loaded_text()
+    if request.prompt is not None:
+        add_special_tokens = request.add_special_tokens is not False
+        (tokens,) = await encode_prompts(text, [request.prompt], add_special_tokens=add_special_tokens)
+    else:
+        tokens = await encode_conversation(text, request)
+    token_strs = [text.tokenizer.token_text(token_id) for token_id in tokens] if request.return_token_strs else None
+    return json_response(
+        TokenizeResponse(count=len(tokens), max_model_len=text.max_model_len, tokens=tokens, token_strs=token_strs)
+    )
+
+
+async def detokenize(server: Server) -> Response:
+    """POST /detokenize"""
+    request = decode_request(await read_json_body(), DetokenizeRequest)
+    check_model(request.model, server.config.model.served_names)
+    text = server.loaded_text()
+    check_token_ids(request.tokens, vocab_size=text.vocab_size, param="tokens")
+    prompt = await run_sized(len(request.tokens), partial(text.tokenizer.decode, request.tokens))
+    return json_response(DetokenizeResponse(prompt=prompt))
+
+
+def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest for an id that is not in the vocabulary."""
+    # a prompt may have a million ids, and this runs in the event loop
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        index = next(index for index, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
+        raise InvalidRequest(
+            f"The token ID at {param}.{index} is not in the vocabulary of {vocab_size} tokens.",
+            param=f"{param}.{index}",
+        )

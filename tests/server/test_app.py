@@ -1,0 +1,381 @@
+"""What every route shares: errors, request names, health, metrics, and the documents about the API."""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+from quart import Response
+from trio.testing import trio_test
+
+from llmd.config import HttpConfig, ModelConfig, ServerConfig
+from llmd.errors import (
+    ContextLengthExceeded,
+    EngineFailed,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    StartupFailed,
+    Unavailable,
+)
+from llmd.protocol.control import Stage, SystemState
+from llmd.protocol.generation import EngineReady, EngineStatistics
+from llmd.server import health
+from llmd.server.app import ROUTES, create_app
+from llmd.server.context import Server, StateBoard
+from llmd.server.engine_client import EngineClient
+from llmd.server.error_handlers import error_body, render
+from llmd.server.metrics import Metrics
+from tests.server.live import SOON
+
+NO_TEXT: Any = object()  # stands for a text model where only its presence matters
+
+
+def make_server(**http: Any) -> Server:
+    config = ServerConfig(
+        model=ModelConfig(cache_dir="", served_names=("tiny",)),
+        http=HttpConfig(**http),
+        listen_fds=(),
+        engine_path="engine.sock",
+    )
+    return Server(config=config, state=StateBoard(), engine=EngineClient("engine.sock"), metrics=Metrics("tiny"))
+
+
+def client_of(server: Server) -> Any:
+    return create_app(server).test_client()
+
+
+async def error_of(response: Any) -> dict[str, Any]:
+    assert response.content_type == "application/json"
+    error: dict[str, Any] = json.loads(await response.get_data())["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    return error
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("GET", "/v1/chat/completion", 404, "Did you mean '/v1/chat/completions'?"),
+        ("POST", "/chat/completions", 404, "Did you mean '/v1/chat/completions'?"),
+        ("GET", "/nothing/like/it", 404, "GET /docs lists"),
+        ("GET", "/v1/chat/completions", 405, "only OPTIONS, POST"),
+        ("DELETE", "/health", 405, "only GET, HEAD, OPTIONS"),
+        ("POST", "/tokenize", 415, "Content-Type: application/json"),
+    ],
+)
+@trio_test
+async def test_errors_outside_of_routes(method: str, path: str, status: int, words: str) -> None:
+    response = await client_of(make_server()).open(path, method=method)
+    assert response.status_code == status
+    error = await error_of(response)
+    assert words in error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", None)
+    assert ("allow" in response.headers) == (status == 405)
+
+
+@trio_test
+async def test_request_before_the_model_is_there() -> None:
+    server = make_server()
+    server.state.update(SystemState(stage=Stage.FETCHING, detail="downloading model.safetensors"))
+    response = await client_of(server).post("/v1/completions", json={"prompt": "x"})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "downloading model.safetensors" in (await error_of(response))["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "param", "code"),
+    [
+        (InvalidRequest("m", param="top_p", code="c"), 400, "invalid_request_error", "top_p", "c"),
+        (InvalidRequest("m"), 400, "invalid_request_error", None, None),
+        (ContextLengthExceeded("m", param="p"), 400, "invalid_request_error", "p", "context_length_exceeded"),
+        (ModelNotFound("m"), 404, "invalid_request_error", "model", "model_not_found"),
+        (Overloaded("m", retry_after=2.5), 429, "rate_limit_error", None, "rate_limit_exceeded"),
+        (Unavailable("m"), 503, "server_error", None, "engine_overloaded"),
+        (EngineFailed("m"), 500, "server_error", None, None),
+    ],
+)
+def test_what_llmd_raises_on_purpose(
+    error: Exception, status: int, kind: str, param: str | None, code: str | None
+) -> None:
+    expected = {"error": {"message": "m", "type": kind, "param": param, "code": code}}
+    assert render(error).status == status
+    assert json.loads(error_body(error)) == expected
+
+
+def test_retry_after_is_whole_seconds_rounded_up() -> None:
+    assert render(Overloaded("m", retry_after=2.5)).headers == {"retry-after": "3"}
+    assert render(Unavailable("m", retry_after=0.01)).headers == {"retry-after": "1"}
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("secret"), StartupFailed("secret"), ExceptionGroup("g", [OSError("secret")])]
+)
+def test_the_unforeseen_says_nothing_to_the_client(error: Exception) -> None:
+    assert render(error).status == 500
+    assert b"secret" not in error_body(error)
+
+
+def test_a_group_is_its_most_severe_member_whatever_the_order() -> None:
+    members = [InvalidRequest("a"), Unavailable("b"), Overloaded("c", retry_after=1)]
+    for first in range(3):
+        turned = [*members[first:], *members[:first]]
+        assert render(ExceptionGroup("", [ExceptionGroup("", turned[:2]), turned[2]])).content.error.message == "b"
+
+
+@pytest.mark.parametrize("error", [KeyError("secret"), ExceptionGroup("g", [KeyError("secret")])])
+@trio_test
+async def test_a_route_that_fails(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(server: Server) -> Response:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(health, "Health", fail)  # whatever /health does next fails
+        with caplog.at_level(logging.ERROR):
+            response = await client_of(make_server()).get("/health/live")
+    assert response.status_code == 500
+    assert (await error_of(response))["message"].startswith("Internal error")
+    assert "Traceback" in caplog.text
+
+
+# --- request names
+
+
+@trio_test
+async def test_request_id_is_sent_back_or_made() -> None:
+    client = client_of(make_server())
+    response = await client.get("/version", headers={"X-Request-Id": "trace-1/a"})
+    assert response.headers["x-request-id"] == "trace-1/a"
+    made = set()
+    for given in ("", "a b", "x" * 129, "ü"):
+        for path in ("/version", "/missing"):
+            response = await client.get(path, headers={"X-Request-Id": given})
+            made.add(response.headers["x-request-id"])
+    assert len(made) == 8
+    assert all(re.fullmatch("req_[0-9a-f]{32}", each) for each in made)
+
+
+# --- health
+
+
+@trio_test
+async def test_health_tells_the_truth_at_every_stage() -> None:
+    server = make_server()
+    client = client_of(server)
+
+    async def ask(path: str = "/health") -> tuple[int, str | None, Any]:
+        response = await client.get(path)
+        return response.status_code, response.headers.get("retry-after"), json.loads(await response.get_data())
+
+    assert await ask() == (503, "1", {"status": "starting", "detail": "", "progress": None, "restarts": 0})
+    server.state.update(SystemState(stage=Stage.LOADING, detail="loading weights", progress=0.5))
+    loading = {"status": "loading", "detail": "loading weights", "progress": 0.5, "restarts": 0}
+    assert await ask() == (503, "1", loading)
+    assert await ask("/health/ready") == (503, "1", loading)
+    assert (await ask("/health/live"))[0] == 200
+    # the engine may be ready before this process is
+    server.state.update(SystemState(stage=Stage.READY))
+    assert (await ask())[0] == 503
+    server.text = NO_TEXT
+    assert await ask() == (200, None, {"status": "ok", "detail": "", "progress": None, "restarts": 0})
+    for stage in (Stage.RESTARTING, Stage.DRAINING):
+        server.state.update(SystemState(stage=stage, restarts=1))
+        assert (await ask())[::2] == (503, {"status": stage, "detail": "", "progress": None, "restarts": 1})
+    # nobody should wait for a failed server
+    server.state.update(SystemState(stage=Stage.FAILED, detail="out of memory"))
+    assert (await ask())[:2] == (503, None)
+
+
+@trio_test
+async def test_nobody_misses_a_state() -> None:
+    board = StateBoard()
+    seen = []
+
+    async def watch(task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        await board.wait_changed()
+        seen.append(board.current.stage)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(watch)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(SOON):
+            board.update(SystemState(stage=Stage.READY))
+    assert seen == [Stage.READY]
+
+
+@pytest.mark.parametrize("stage", [Stage.FAILED, Stage.DRAINING])
+def test_no_request_begins_when_it_cannot_end(stage: Stage) -> None:
+    server = make_server()
+    server.text = NO_TEXT
+    assert server.loaded_text() is NO_TEXT
+    server.state.update(SystemState(stage=stage, detail="because"))
+    with pytest.raises(Unavailable):
+        server.loaded_text()
+
+
+# --- metrics
+
+
+async def samples(server: Server) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    response = await client_of(server).get("/metrics")
+    assert response.content_type.startswith("text/plain; version=0.0.4")
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families((await response.get_data()).decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return found
+
+
+OURS = (("engine", "0"), ("model_name", "tiny"))
+
+
+@trio_test
+async def test_engine_figures_have_vllms_names() -> None:
+    server = make_server()
+    assert "vllm:num_requests_running" not in await samples(server)
+    server.engine.ready = EngineReady(max_model_len=512, block_size=16, num_blocks=64)
+    server.engine.statistics = EngineStatistics(
+        num_running=3, num_waiting=2, num_blocks=64, num_free_blocks=16, num_steps=9, num_prompt_tokens=100,
+        num_output_tokens=50, num_preemptions=1, prefix_cache_queries=80, prefix_cache_hits=48,
+    )  # fmt: skip
+    found = await samples(server)
+    ours = {name: values[OURS] for name, values in found.items() if OURS in values}
+    expected = {
+        "vllm:num_requests_running": 3,
+        "vllm:num_requests_waiting": 2,
+        "vllm:kv_cache_usage_perc": 0.75,
+        "vllm:prompt_tokens_total": 100,
+        "vllm:generation_tokens_total": 50,
+        "vllm:num_preemptions_total": 1,
+        "vllm:prefix_cache_queries_total": 80,
+        "vllm:prefix_cache_hits_total": 48,
+    }
+    assert ours == {**ours, **expected}
+    layout = (("block_size", "16"), ("engine", "0"), ("max_model_len", "512"), ("model_name", "tiny"))
+    assert found["vllm:cache_config_info"] == {(*layout, ("num_gpu_blocks", "64")): 1}
+
+
+@trio_test
+async def test_request_figures() -> None:
+    server = make_server()
+    server.metrics.first_token(0.05)
+    server.metrics.inter_token(0.02)
+    server.metrics.finished(
+        "stop", prompt_tokens=10, output_tokens=5, e2e_seconds=2.0, n=1, max_tokens=64, first_token_seconds=1.0
+    )
+    server.metrics.finished("abort", prompt_tokens=10, output_tokens=0, e2e_seconds=2.0, n=1, max_tokens=64)
+    found = await samples(server)
+    assert found["vllm:time_to_first_token_seconds_bucket"][(*OURS[:1], ("le", "0.06"), *OURS[1:])] == 1
+    assert found["vllm:inter_token_latency_seconds_sum"][OURS] == 0.02
+    assert found["vllm:request_time_per_output_token_seconds_sum"][OURS] == 0.25
+    assert found["vllm:request_decode_time_seconds_sum"][OURS] == 1.0
+    assert found["vllm:e2e_request_latency_seconds_count"][OURS] == 2
+    assert found["vllm:request_prompt_tokens_sum"][OURS] == 20
+    assert found["vllm:request_generation_tokens_sum"][OURS] == 5
+    assert found["vllm:request_params_n_count"][OURS] == 2
+    assert found["vllm:request_params_max_tokens_sum"][OURS] == 128
+    for reason in ("stop", "abort"):
+        assert found["vllm:request_success_total"][(OURS[0], ("finished_reason", reason), OURS[1])] == 1
+
+
+@trio_test
+async def test_http_answers_are_counted_without_the_clients_words() -> None:
+    server = make_server()
+    client = client_of(server)
+    for method, path in [("GET", "/v1/models/a"), ("GET", "/v1/models/b"), ("GET", "/x"), ("BREW", "/x")]:
+        await client.open(path, method=method)
+    counted = (await samples(server))["http_requests_total"]
+    assert counted == {
+        (("handler", "/v1/models/<path:model_id>"), ("method", "GET"), ("status", "404")): 2,
+        (("handler", "none"), ("method", "GET"), ("status", "404")): 1,
+        (("handler", "none"), ("method", "other"), ("status", "404")): 1,
+    }
+
+
+# --- documents
+
+
+async def openapi(server: Server) -> Any:
+    return json.loads(await (await client_of(server).get("/openapi.json")).get_data())
+
+
+@trio_test
+async def test_every_route_is_in_the_document() -> None:
+    server = make_server()
+    document = await openapi(server)
+    assert document["openapi"] == "3.1.0"
+    rules = {
+        (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method.lower())
+        for rule in create_app(server).url_map.iter_rules()
+        for method in rule.methods or ()
+        if method not in ("HEAD", "OPTIONS")
+    }
+    operations = {
+        (path, method): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert set(operations) == rules
+    assert len(rules) == len(ROUTES)
+    assert len({operation["operationId"] for operation in operations.values()}) == len(ROUTES)
+    for (path, _), operation in operations.items():
+        assert operation["tags"] == ["default"]
+        assert operation["summary"]
+        assert "500" in operation["responses"]
+        assert re.findall(r"\{(\w+)\}", path) == [each["name"] for each in operation.get("parameters", [])]
+
+
+def visit(value: Any, see: Callable[[dict[str, Any]], None]) -> None:
+    if isinstance(value, dict):
+        see(value)
+        for each in value.values():
+            visit(each, see)
+    elif isinstance(value, list):
+        for each in value:
+            visit(each, see)
+
+
+@trio_test
+async def test_every_reference_leads_somewhere() -> None:
+    """quart-schema, which would make such a document too, leaves nested structs out of it."""
+    document = await openapi(make_server())
+    references = []
+    visit(document, lambda each: references.append(each["$ref"]) if isinstance(each.get("$ref"), str) else None)
+    assert "#/components/schemas/ChatMessage" in references
+    for reference in references:
+        place = document
+        for part in reference.removeprefix("#/").split("/"):
+            place = place[part]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+@trio_test
+async def test_pages_load_nothing_from_elsewhere(path: str) -> None:
+    response = await client_of(make_server()).get(path)
+    page = (await response.get_data()).decode()
+    assert response.content_type == "text/html; charset=utf-8"
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//""", page)
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/v1/models", "/metrics"])
+@trio_test
+async def test_head_and_options(path: str) -> None:
+    client = client_of(make_server())
+    got, head, options = await client.get(path), await client.head(path), await client.options(path)
+    assert head.status_code == got.status_code
+    assert set(options.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
+
+
+@trio_test
+async def test_trailing_slash_is_no_redirect() -> None:
+    assert (await client_of(make_server()).get("/version/")).status_code == 200

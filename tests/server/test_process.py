@@ -1,0 +1,119 @@
+"""`python -m llmd.server` as the supervisor starts it: a real process, with a control socket and a listening one."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from llmd.config import HttpConfig, ModelConfig, ServerConfig
+from llmd.protocol.control import Stage, SystemState
+from llmd.protocol.framing import FrameDecoder, encode_frame
+from llmd.protocol.generation import EngineReady, FinishReason, GenerateRequest, ServerToEngine, StepEvents, TokenEvent
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT = 30.0
+
+
+@dataclass
+class Child:
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    engine: socket.socket  # listening
+    url: str
+
+    def tell(self, state: SystemState) -> None:
+        self.control.sendall(encode_frame(state))
+
+    def wait_health(self, status: str) -> httpx.Response:
+        """Ask until /health says this."""
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            answer = httpx.get(f"{self.url}/health")
+            if answer.json()["status"] == status:
+                return answer
+        raise AssertionError(f"/health never said {status!r}, but {answer.text}")
+
+
+@contextmanager
+def server_process(tmp_path: Path, *, drain_timeout: float = 10) -> Iterator[Child]:
+    ours, theirs = socket.socketpair()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    engine = socket.socket(socket.AF_UNIX)
+    engine.bind(str(tmp_path / "engine.sock"))
+    engine.listen()
+    engine.settimeout(TIMEOUT)
+    config = ServerConfig(
+        model=ModelConfig(cache_dir=str(tmp_path), served_names=("tiny",)),
+        http=HttpConfig(drain_timeout=drain_timeout),
+        listen_fds=(listener.fileno(),),
+        engine_path=str(tmp_path / "engine.sock"),
+    )
+    with ours, listener, engine:
+        ours.sendall(encode_frame(config))
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "llmd.server", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(), listener.fileno()),
+            )
+        try:
+            yield Child(process, ours, engine, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_from_nothing_to_an_answer_to_the_end(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with server_process(tmp_path) as child:
+        # it answers while nothing is loaded and nobody has told it anything
+        assert httpx.get(f"{child.url}/health", timeout=TIMEOUT).json()["status"] == "starting"
+        child.tell(SystemState(stage=Stage.READY, model_dir=str(tiny_model_dir)))
+        child.wait_health("loading")
+        connection, _ = child.engine.accept()
+        with connection:
+            connection.settimeout(TIMEOUT)
+            connection.sendall(encode_frame(EngineReady(max_model_len=512, block_size=16, num_blocks=64)))
+            assert child.wait_health("ok").status_code == 200
+            with httpx.stream(
+                "POST",
+                f"{child.url}/v1/completions",
+                json={"prompt": "x", "max_tokens": 2, "stream": True},
+                timeout=TIMEOUT,
+            ) as answer:
+                decoder: FrameDecoder[ServerToEngine] = FrameDecoder(ServerToEngine)
+                (request,) = decoder.feed(connection.recv(1 << 16))
+                assert isinstance(request, GenerateRequest)
+                lines = answer.iter_lines()
+                connection.sendall(
+                    encode_frame(StepEvents(events=[TokenEvent(request_id=request.request_id, token_ids=[65])]))
+                )
+                first = next(line for line in lines if line)
+                assert json.loads(first.removeprefix("data: "))["object"] == "text_completion"
+                # what runs goes on after SIGTERM, and then the process ends by itself
+                child.process.send_signal(signal.SIGTERM)
+                end = TokenEvent(request_id=request.request_id, token_ids=[66], finish=FinishReason.LENGTH)
+                connection.sendall(encode_frame(StepEvents(events=[end])))
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert child.process.wait(TIMEOUT) == 0
+
+
+def test_it_ends_with_its_supervisor(tmp_path: Path) -> None:
+    with server_process(tmp_path) as child:
+        assert httpx.get(f"{child.url}/health/live", timeout=TIMEOUT).status_code == 200
+        child.control.close()
+        assert child.process.wait(TIMEOUT) == 0
+
+
+def test_it_does_not_import_torch() -> None:
+    """Torch takes seconds to import, and the port should tell the truth before that."""
+    code = "import llmd.server.process, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
