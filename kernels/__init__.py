@@ -7,7 +7,7 @@ that must be moved and computed, README.md what it computes, from which source, 
 
 from llmd_kernels.add_rms_norm import add_rms_norm
 from llmd_kernels.gated_mul import gated_mul
-from llmd_kernels.linear import linear
+from llmd_kernels.linear import linear, pack_weight
 from llmd_kernels.paged_attention import AttentionBatch, paged_attention
 from llmd_kernels.rms_norm import rms_norm
 from llmd_kernels.rope_kv_write import rope_kv_write
@@ -24,6 +24,7 @@ __all__ = [
     "add_rms_norm",
     "gated_mul",
     "linear",
+    "pack_weight",
     "paged_attention",
     "rms_norm",
     "rope_kv_write",

@@ -6,8 +6,16 @@ from llmd_kernels.linear import torch_ops
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K], weight [N, K], bias [N] or None → [T, N] in x's dtype; any T, also 0.
+    """x [T, K], weight [N, K] plain or packed, bias [N] or None → [T, N] in x's dtype; any T, also 0.
 
     A row of the result is bitwise the same whatever the other rows are and however many there are.
     """
     return torch_ops.linear(x, weight, bias)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """weight [N, K] → the same numbers as `linear` reads them fastest on its device; where that is as they are, itself.
+
+    A packed weight is a copy of the plain one's size, for `linear` only.
+    """
+    return torch_ops.pack_weight(weight)

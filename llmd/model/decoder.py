@@ -1,6 +1,5 @@
 """The network: one decoder for every family, described by its ModelSpec. Knows nothing of requests and files."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from llmd.model.kv_cache import KvCache, LayerCache
 from llmd.model.layers import GatedMlp, Linear, RmsNorm, add_and_norm
 from llmd.model.rope import cos_sin_table
 from llmd.model.spec import ModelSpec
+from llmd_kernels import pack_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +45,15 @@ class DecoderLayer:
 class Decoder:
     """A whole model on one device.
 
-    weights: one tensor for each of `parameters(spec)`, by its name, all of one dtype on one device.
+    weights: one tensor for each of `parameters(spec)`, by its name, all of one dtype on one device. They are taken out
+    of the dictionary one by one, so that each is free again once it is packed for its product.
     max_model_len: the longest context that will be served; positions beyond it have no rotary embedding.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], *, max_model_len: int) -> None:
+    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], *, max_model_len: int) -> None:
         self.spec = spec
         self.max_model_len = max_model_len
-        self._embedding = weights["embedding"]
+        self._embedding = weights.pop("embedding")
         ropes = {layer.rope for layer in spec.layers if layer.rope is not None}
         device = self._embedding.device
         tables = {rope: cos_sin_table(rope, max_model_len=max_model_len, device=device) for rope in ropes}
@@ -60,8 +61,8 @@ class Decoder:
             _layer(spec, index, weights, cos_sin=None if layer.rope is None else tables[layer.rope])
             for index, layer in enumerate(spec.layers)
         ]
-        self._norm = RmsNorm(weights["norm"], spec.norm_eps, spec.norm_weight_offset)
-        self._head = Linear(weights["embedding"] if spec.tied_embeddings else weights["head"], None)
+        self._norm = RmsNorm(weights.pop("norm"), spec.norm_eps, spec.norm_weight_offset)
+        self._head = Linear(pack_weight(self._embedding if spec.tied_embeddings else weights.pop("head")), None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,16 +95,16 @@ class Decoder:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _layer(spec: ModelSpec, index: int, weights: Mapping[str, Tensor], *, cos_sin: Tensor | None) -> DecoderLayer:
+def _layer(spec: ModelSpec, index: int, weights: dict[str, Tensor], *, cos_sin: Tensor | None) -> DecoderLayer:
     """The layer's parts around its weights."""
 
     def norm(name: str) -> RmsNorm | None:
-        weight = weights.get(f"layers.{index}.{name}")
+        weight = weights.pop(f"layers.{index}.{name}", None)
         return None if weight is None else RmsNorm(weight, spec.norm_eps, spec.norm_weight_offset)
 
     def linear(name: str) -> Linear:
         name = f"layers.{index}.{name}"
-        return Linear(weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+        return Linear(pack_weight(weights.pop(f"{name}.weight")), weights.pop(f"{name}.bias", None))
 
     attention = Attention(
         qkv=linear("qkv"),

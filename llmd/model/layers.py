@@ -10,7 +10,7 @@ from llmd_kernels import add_rms_norm, gated_mul, linear, rms_norm
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    weight: Tensor  # [num_outputs, num_inputs]
+    weight: Tensor  # [num_outputs, num_inputs], packed
     bias: Tensor | None  # [num_outputs]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
-from llmd.model.memory import activation_bytes, kv_bytes_per_token, rope_bytes, weight_bytes
+from llmd.model.memory import FLOAT32_BYTES, activation_bytes, kv_bytes_per_token, rope_bytes, weight_bytes
 from llmd.model.spec import ModelSpec
 
 GIB = 1 << 30
@@ -65,7 +65,8 @@ def plan_memory(
     Raises StartupFailed, with the numbers and the flags that matter, if not even a short context fits.
     """
     wanted_model_len = _wanted_model_len(spec, model)
-    weights = weight_bytes(spec, dtype_bytes=dtype_bytes) + rope_bytes(spec, max_model_len=wanted_model_len)
+    weights = weight_bytes(spec, dtype_bytes=dtype_bytes, head_is_packed=on_cpu and dtype_bytes == FLOAT32_BYTES)
+    weights += rope_bytes(spec, max_model_len=wanted_model_len)
     activations = activation_bytes(
         spec,
         max_num_tokens=scheduler.max_num_batched_tokens,

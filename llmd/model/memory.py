@@ -13,9 +13,15 @@ def num_parameters(spec: ModelSpec) -> int:
     return sum(parameter.num_elements(ONE_RANK) for parameter in parameters(spec))
 
 
-def weight_bytes(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ONE_RANK) -> int:
-    """The rank's weights, stored with `dtype_bytes` an element."""
-    return dtype_bytes * sum(parameter.num_elements(rank) for parameter in parameters(spec))
+def weight_bytes(spec: ModelSpec, *, dtype_bytes: int, head_is_packed: bool = False, rank: Rank = ONE_RANK) -> int:
+    """The rank's weights; the rope tables are not among them (see `rope_bytes`).
+
+    head_is_packed: an embedding that is the head too is there twice, once in the layout of the matrix product.
+    """
+    num_elements = sum(parameter.num_elements(rank) for parameter in parameters(spec))
+    if head_is_packed and spec.tied_embeddings:
+        num_elements += parameters(spec)[0].num_elements(rank)
+    return dtype_bytes * num_elements
 
 
 def rope_bytes(spec: ModelSpec, *, max_model_len: int) -> int:

@@ -48,7 +48,8 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
         model_dir,
         dtype=dtype,
         device=device,
-        max_model_len=memory.max_model_len,
+        # not what memory has reduced it to: some ropes depend on it, and an answer must not depend on free memory
+        max_model_len=memory.wanted_model_len,
         progress=_report_progress(control),
     )
     # one block more than the scheduler knows of: padding tokens write there

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmd_kernels import add_rms_norm, gated_mul, linear, rms_norm
+from llmd_kernels import add_rms_norm, gated_mul, linear, pack_weight, rms_norm
 from llmd_kernels.add_rms_norm import reference as add_rms_norm_reference
 from llmd_kernels.gated_mul import reference as gated_mul_reference
 from llmd_kernels.linear import reference as linear_reference
@@ -35,6 +35,7 @@ def test_linear(num_tokens: int, has_bias: bool) -> None:
     bias = randn(33, seed=2) if has_bias else None
     expected = linear_reference.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_near(linear(x, weight, bias), expected, tolerance=2e-5)
+    assert_near(linear(x, pack_weight(weight), bias), expected, tolerance=2e-5)
 
 
 @pytest.mark.parametrize("num_tokens", NUM_TOKENS)
@@ -82,8 +83,10 @@ LINEARS = [(576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152), (64, 
 def operation(name: str) -> tuple[int, Callable[[Tensor], Tensor]]:
     """(width of a row, the operation as a function of the rows alone)."""
     if name.startswith("linear"):
-        num_inputs, num_outputs = (int(n) for n in name.split()[1:])
+        num_inputs, num_outputs = (int(n) for n in name.split()[-2:])
         weight, bias = randn(num_outputs, num_inputs, seed=1), randn(num_outputs, seed=2)
+        if name.startswith("linear packed"):
+            weight = pack_weight(weight)
         return num_inputs, lambda x: linear(x, weight, bias)
     if name == "rms_norm":
         norm_weight = randn(576, seed=1)
@@ -94,6 +97,7 @@ def operation(name: str) -> tuple[int, Callable[[Tensor], Tensor]]:
 
 OPERATIONS = [
     *(f"linear {k} {n}" for k, n in LINEARS),
+    *(f"linear packed {k} {n}" for k, n in LINEARS),
     "rms_norm",
     *(f"gated_mul {activation}" for activation in get_args(Activation)),
 ]
