@@ -164,7 +164,11 @@ async def serve_fake_rank(
     """Be a rank's process on `stream`, until the engine closes it."""
     decoder: FrameDecoder[StepPlan] = FrameDecoder(StepPlan)
     async with stream:
-        await stream.send_all(encode_frame(RankReady(rank=index, num_blocks=num_blocks, max_model_len=max_model_len)))
+        await stream.send_all(
+            encode_frame(
+                RankReady(rank=index, num_blocks=num_blocks, max_model_len=max_model_len, vocab_size=VOCAB_SIZE)
+            )
+        )
         async for data in stream:
             for plan in decoder.feed(data):
                 await stream.send_all(encode_frame(rank.execute(plan)))

@@ -36,7 +36,10 @@ async def run_engine(config: EngineConfig, control: ControlChannel) -> None:
             config.cache, config.scheduler, num_blocks=ranks.num_blocks, max_model_len=ranks.max_model_len
         )
         ready = EngineReady(
-            max_model_len=scheduler.max_model_len, block_size=config.cache.block_size, num_blocks=ranks.num_blocks
+            max_model_len=scheduler.max_model_len,
+            block_size=config.cache.block_size,
+            num_blocks=ranks.num_blocks,
+            vocab_size=ranks.vocab_size,
         )
         loop = EngineLoop(scheduler, ranks, ready=ready)
         nursery.start_soon(loop.run)

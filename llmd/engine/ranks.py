@@ -71,10 +71,13 @@ class RankConnection:
 class Ranks:
     """All ranks, loaded. Made by `connect_ranks`."""
 
-    def __init__(self, connections: Sequence[RankConnection], *, num_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self, connections: Sequence[RankConnection], *, num_blocks: int, max_model_len: int, vocab_size: int
+    ) -> None:
         self._connections = connections
         self.num_blocks = num_blocks  # KV-cache blocks that every rank has
         self.max_model_len = max_model_len  # the context that every rank allows
+        self.vocab_size = vocab_size  # token ids that every rank knows are below this
 
     async def send(self, plan: StepPlan) -> None:
         """Have every rank run a step. May be called again before the result is there. Raises RankLost."""
@@ -111,6 +114,7 @@ async def connect_ranks(streams: Sequence[trio.abc.Stream]) -> Ranks:
         [ready[rank][1] for rank in range(len(streams))],
         num_blocks=min(message.num_blocks for message in messages),
         max_model_len=min(message.max_model_len for message in messages),
+        vocab_size=min(message.vocab_size for message in messages),
     )
 
 

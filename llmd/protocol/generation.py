@@ -91,6 +91,7 @@ class EngineReady(Struct, frozen=True, kw_only=True, tag=True):
     max_model_len: int  # tokens of prompt and answer that fit
     block_size: int
     num_blocks: int
+    vocab_size: int  # the model knows token ids below this; a tokenizer may have more, or fewer
 
 
 class StepEvents(Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):

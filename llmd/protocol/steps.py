@@ -57,6 +57,7 @@ class RankReady(Struct, frozen=True, kw_only=True, tag=True):
     rank: int
     num_blocks: int  # KV-cache blocks that fit
     max_model_len: int  # context that the model and this memory allow
+    vocab_size: int  # rows of the embedding: token ids below this
 
 
 class RankFailed(Struct, frozen=True, tag=True):

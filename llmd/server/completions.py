@@ -13,13 +13,13 @@ from llmd.server.context import Server, TextModel
 from llmd.server.logprobs import completion_logprobs
 from llmd.server.openai_responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from llmd.server.openai_types import CompletionRequest
-from llmd.server.parameters import check_model, check_ranges
+from llmd.server.parameters import check_model, check_ranges, check_token_ids
 from llmd.server.question import Prompt, Question, admit, ask
 from llmd.server.request_body import read_json_body
 from llmd.server.request_decoding import decode_request
 from llmd.server.responses import StreamResponse, json_response
 from llmd.server.streaming import EventFrame, encode_json, stream
-from llmd.server.tokenization import check_token_ids, encode_prompts
+from llmd.server.tokenization import encode_prompts
 
 MAX_PROMPTS = 1024
 

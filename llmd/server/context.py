@@ -21,7 +21,7 @@ class TextModel:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None  # None = the model has none; chat is refused
     max_model_len: int  # tokens of prompt and answer that fit, as the engine found
-    vocab_size: int
+    vocab_size: int  # token ids that tokenizer and model both know
     sampling_defaults: Mapping[str, float]  # of generation_config.json; empty unless the operator asked for them
 
 

@@ -185,6 +185,17 @@ def _check_max_tokens(request: ChatCompletionRequest | CompletionRequest) -> Non
             raise _out_of_range("max_completion_tokens", limit, "at least 1")
 
 
+def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
+    """Raises InvalidRequest for an id that is not in the vocabulary."""
+    # a prompt may have a million ids, and this runs in the event loop
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
+        index = next(index for index, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
+        raise InvalidRequest(
+            f"The token ID at {param}.{index} is not in the vocabulary of {vocab_size} tokens.",
+            param=f"{param}.{index}",
+        )
+
+
 def _check_stops(request: SamplingFields, *, vocab_size: int) -> None:
     stops = stop_strings(request)
     if len(stops) > MAX_STOP_STRINGS:

@@ -18,7 +18,7 @@ from llmd.protocol.generation import SamplingParams
 from llmd.server.context import Server, TextModel
 from llmd.server.engine_client import SequenceStart
 from llmd.server.openai_types import ChatCompletionRequest, CompletionRequest
-from llmd.server.parameters import MAX_SEQUENCES, draw_seed, resolve_sampling
+from llmd.server.parameters import MAX_SEQUENCES, check_token_ids, draw_seed, resolve_sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,9 @@ def ask(
         )
         for prompt in prompts
     ]
+    for prompt in prompts:
+        # a tokenizer may have tokens that were added without a row in the embedding
+        check_token_ids(prompt.token_ids, vocab_size=text.vocab_size, param="prompt")
     return Question(
         id=f"{id_prefix}-{uuid4().hex}",
         created=int(time.time()),

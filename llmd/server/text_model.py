@@ -43,7 +43,7 @@ async def load_text_model(config: ModelConfig, folder: Path, engine: EngineClien
         tokenizer=files.tokenizer,
         chat_template=files.template if files.template.exists else None,
         max_model_len=ready.max_model_len,
-        vocab_size=files.tokenizer.vocab_size,
+        vocab_size=min(files.tokenizer.vocab_size, ready.vocab_size),
         sampling_defaults=files.sampling_defaults,
     )
 

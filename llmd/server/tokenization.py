@@ -14,7 +14,7 @@ from llmd.errors import InvalidRequest
 from llmd.server.context import Server, TextModel
 from llmd.server.openai_responses import DetokenizeResponse, TokenizeResponse
 from llmd.server.openai_types import ChatMessage, ContentPart, DetokenizeRequest, TokenizeRequest, ToolCall
-from llmd.server.parameters import check_model
+from llmd.server.parameters import check_model, check_token_ids
 from llmd.server.request_body import read_json_body
 from llmd.server.request_decoding import decode_request
 from llmd.server.responses import json_response
@@ -181,14 +181,3 @@ async def detokenize(server: Server) -> Response:
     check_token_ids(request.tokens, vocab_size=text.vocab_size, param="tokens")
     prompt = await run_sized(len(request.tokens), partial(text.tokenizer.decode, request.tokens))
     return json_response(DetokenizeResponse(prompt=prompt))
-
-
-def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
-    """Raises InvalidRequest for an id that is not in the vocabulary."""
-    # a prompt may have a million ids, and this runs in the event loop
-    if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocab_size):
-        index = next(index for index, token_id in enumerate(token_ids) if not 0 <= token_id < vocab_size)
-        raise InvalidRequest(
-            f"The token ID at {param}.{index} is not in the vocabulary of {vocab_size} tokens.",
-            param=f"{param}.{index}",
-        )

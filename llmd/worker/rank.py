@@ -58,7 +58,12 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
     )
     runner = Runner(model, kv, num_blocks=memory.num_blocks, block_size=config.cache.block_size, device=device)
     control.send(ChildReady())
-    ready = RankReady(rank=config.rank, num_blocks=memory.num_blocks, max_model_len=memory.max_model_len)
+    ready = RankReady(
+        rank=config.rank,
+        num_blocks=memory.num_blocks,
+        max_model_len=memory.max_model_len,
+        vocab_size=spec.vocab_size,
+    )
     _serve(runner, config.engine_path, ready)
 
 

@@ -26,7 +26,7 @@ from llmd.protocol.generation import (
     TokenEvent,
 )
 from llmd.protocol.steps import RankFailed, RankReady, StepPlan, StepResult
-from tests.fakes import FakeRank, expected_completion, serve_fake_rank
+from tests.fakes import VOCAB_SIZE, FakeRank, expected_completion, serve_fake_rank
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN = 64, 4, 200
 
@@ -92,7 +92,11 @@ async def running_engine(*, num_ranks: int = 1) -> AsyncIterator[Engine]:
     """An engine whose ranks have just said that they are ready; the test plays them."""
     pairs = [trio.testing.memory_stream_pair() for _ in range(num_ranks)]
     for rank, (theirs, _) in enumerate(pairs):
-        await theirs.send_all(encode_frame(RankReady(rank=rank, num_blocks=NUM_BLOCKS, max_model_len=MAX_MODEL_LEN)))
+        await theirs.send_all(
+            encode_frame(
+                RankReady(rank=rank, num_blocks=NUM_BLOCKS, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE)
+            )
+        )
     ranks = await connect_ranks([ours for _, ours in pairs])
     scheduler = Scheduler(
         CacheConfig(block_size=BLOCK_SIZE),
@@ -100,7 +104,9 @@ async def running_engine(*, num_ranks: int = 1) -> AsyncIterator[Engine]:
         num_blocks=ranks.num_blocks,
         max_model_len=ranks.max_model_len,
     )
-    ready = EngineReady(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+    ready = EngineReady(
+        max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE
+    )
     loop = EngineLoop(scheduler, ranks, ready=ready)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(loop.run)
@@ -132,7 +138,7 @@ def test_a_request_streams_to_its_end() -> None:
             await server.send(request)
             assert await server.read_until_end(7) == expected_completion(request)
             assert server.received[0] == EngineReady(
-                max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS
+                max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, vocab_size=VOCAB_SIZE
             )
             assert [len(event.token_ids) for event in server.events(7)] == [1] * 12, "a frame a step"
             assert engine.statistics().num_free_blocks == NUM_BLOCKS

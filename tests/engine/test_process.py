@@ -15,7 +15,7 @@ from llmd.config import CacheConfig, EngineConfig, SchedulerConfig
 from llmd.protocol.control import ChildReady, ChildToSupervisor
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import EngineReady, EngineToServer, FinishReason, GenerateRequest, SamplingParams
-from tests.fakes import FakeRank, expected_completion, serve_fake_rank
+from tests.fakes import VOCAB_SIZE, FakeRank, expected_completion, serve_fake_rank
 
 BLOCK_SIZE = 4
 
@@ -84,7 +84,9 @@ async def talk(engine: EngineProcess, *, lose_rank: bool) -> None:
                     for event in [] if isinstance(message, EngineReady) else message.events:
                         token_ids += event.token_ids
                         finish = event.finish
-            assert received[0] == EngineReady(max_model_len=100, block_size=BLOCK_SIZE, num_blocks=50)
+            assert received[0] == EngineReady(
+                max_model_len=100, block_size=BLOCK_SIZE, num_blocks=50, vocab_size=VOCAB_SIZE
+            )
             assert (token_ids, finish) == expected_completion(request)
             control: FrameDecoder[ChildToSupervisor] = FrameDecoder(ChildToSupervisor)
             assert list(control.feed(engine.control.recv(1000))) == [ChildReady()]

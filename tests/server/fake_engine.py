@@ -93,7 +93,9 @@ class FakeEngine:
             async with stream, trio.open_nursery() as nursery:
                 self.open.clear()
                 await stream.send_all(
-                    encode_frame(EngineReady(max_model_len=self.max_model_len, block_size=16, num_blocks=64))
+                    encode_frame(
+                        EngineReady(max_model_len=self.max_model_len, block_size=16, num_blocks=64, vocab_size=264)
+                    )
                 )
                 nursery.start_soon(self._answer, stream, nursery.cancel_scope)
                 await self._listen(stream)

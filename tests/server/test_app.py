@@ -242,7 +242,7 @@ OURS = (("engine", "0"), ("model_name", "tiny"))
 async def test_engine_figures_have_vllms_names() -> None:
     server = make_server()
     assert "vllm:num_requests_running" not in await samples(server)
-    server.engine.ready = EngineReady(max_model_len=512, block_size=16, num_blocks=64)
+    server.engine.ready = EngineReady(max_model_len=512, block_size=16, num_blocks=64, vocab_size=264)
     server.engine.statistics = EngineStatistics(
         num_running=3, num_waiting=2, num_blocks=64, num_free_blocks=16, num_steps=9, num_prompt_tokens=100,
         num_output_tokens=50, num_preemptions=1, prefix_cache_queries=80, prefix_cache_hits=48,

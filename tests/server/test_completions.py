@@ -1,5 +1,6 @@
 """/v1/completions: shapes, kinds of prompts, echo, the older log-probabilities, and stream against whole."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,5 +145,20 @@ def test_special_tokens_are_shown_only_on_request(tiny_model_dir: Path) -> None:
             assert (await app.complete())["choices"][0]["text"] == "ab"
             shown = await app.complete(skip_special_tokens=False)
             assert shown["choices"][0]["text"] == "a<|im_start|>b"
+
+    run(main)
+
+
+def test_a_token_that_the_model_has_no_row_for_is_refused(tiny_model_dir: Path) -> None:
+    """A tokenizer may have tokens that were added without a row in the embedding: in a worker they would be fatal."""
+
+    async def main() -> None:
+        async with application(tiny_model_dir) as app:
+            assert app.server.text is not None
+            app.server.text = replace(app.server.text, vocab_size=ord("b"))
+            status, answer = await app.post("/v1/completions", {"prompt": "ab"})
+            assert status == 400
+            assert answer["error"]["param"] == "prompt.1"
+            assert (await app.post("/v1/completions", {"prompt": "aa"}))[0] == 200
 
     run(main)

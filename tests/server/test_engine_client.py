@@ -200,7 +200,9 @@ def test_what_was_meant_for_a_dead_engine_is_not_told_to_the_next() -> None:
             ours, theirs = trio.testing.memory_stream_pair()
             ends.append(ours)
             if len(ends) > 1:
-                await ours.send_all(encode_frame(EngineReady(max_model_len=9, block_size=1, num_blocks=9)))
+                await ours.send_all(
+                    encode_frame(EngineReady(max_model_len=9, block_size=1, num_blocks=9, vocab_size=264))
+                )
             else:
                 # an engine that ends before it is ready; whoever waits goes on waiting
                 ours.send_stream.close()

@@ -81,7 +81,9 @@ def test_from_nothing_to_an_answer_to_the_end(tmp_path: Path, tiny_model_dir: Pa
         connection, _ = child.engine.accept()
         with connection:
             connection.settimeout(TIMEOUT)
-            connection.sendall(encode_frame(EngineReady(max_model_len=512, block_size=16, num_blocks=64)))
+            connection.sendall(
+                encode_frame(EngineReady(max_model_len=512, block_size=16, num_blocks=64, vocab_size=264))
+            )
             assert child.wait_health("ok").status_code == 200
             with httpx.stream(
                 "POST",
@@ -98,8 +100,10 @@ def test_from_nothing_to_an_answer_to_the_end(tmp_path: Path, tiny_model_dir: Pa
                 )
                 first = next(line for line in lines if line)
                 assert json.loads(first.removeprefix("data: "))["object"] == "text_completion"
-                # what runs goes on after SIGTERM, and then the process ends by itself
+                # an init system sends SIGTERM to everybody, but it is the supervisor who decides
                 child.process.send_signal(signal.SIGTERM)
+                # what runs goes on while it drains, and then the process ends by itself
+                child.tell(SystemState(stage=Stage.DRAINING, model_dir=str(tiny_model_dir)))
                 end = TokenEvent(request_id=request.request_id, token_ids=[66], finish=FinishReason.LENGTH)
                 connection.sendall(encode_frame(StepEvents(events=[end])))
                 assert [line for line in lines if line][-1] == "data: [DONE]"

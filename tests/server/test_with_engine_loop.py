@@ -57,7 +57,9 @@ class Engines:
                 num_blocks=ranks.num_blocks,
                 max_model_len=ranks.max_model_len,
             )
-            ready = EngineReady(max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS)
+            ready = EngineReady(
+                max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, vocab_size=264
+            )
             self.loop, self.nursery = EngineLoop(self.scheduler, ranks, ready=ready), nursery
             self.num_started += 1
             nursery.start_soon(self.loop.run)
