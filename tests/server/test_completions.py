@@ -155,7 +155,9 @@ def test_a_token_that_the_model_has_no_row_for_is_refused(tiny_model_dir: Path) 
     async def main() -> None:
         async with application(tiny_model_dir) as app:
             assert app.server.text is not None
-            app.server.text = replace(app.server.text, vocab_size=ord("b"))
+            known, unknown = app.server.text.tokenizer.encode("ab", add_special_tokens=False)
+            assert known < unknown
+            app.server.text = replace(app.server.text, vocab_size=unknown)
             status, answer = await app.post("/v1/completions", {"prompt": "ab"})
             assert status == 400
             assert answer["error"]["param"] == "prompt.1"
