@@ -33,9 +33,15 @@ def resolve(flags: argparse.Namespace) -> Config:
         memory_utilization=flags.gpu_memory_utilization,
         prefix_caching=flags.enable_prefix_caching,
     )
+    step_tokens = flags.max_num_batched_tokens or max(_step_tokens(flags.device), 2 * flags.max_num_seqs)
+    if step_tokens < flags.max_num_seqs:
+        raise StartupFailed(
+            f"--max-num-batched-tokens {step_tokens} is less than --max-num-seqs {flags.max_num_seqs}: a step could "
+            "not give every running sequence its next token"
+        )
     scheduler = SchedulerConfig(
         max_num_seqs=flags.max_num_seqs,
-        max_num_batched_tokens=flags.max_num_batched_tokens or _step_tokens(flags.device),
+        max_num_batched_tokens=step_tokens,
         policy=flags.scheduling_policy,
     )
     http = HttpConfig(

@@ -103,6 +103,12 @@ def test_a_chat_template_is_a_file_or_its_text(tmp_path: Path) -> None:
         config("--chat-template", str(tmp_path / "missing"))
 
 
+def test_a_step_must_hold_every_running_sequence() -> None:
+    with pytest.raises(StartupFailed, match="--max-num-seqs 64"):
+        config("--max-num-batched-tokens", "32")
+    assert config("--max-num-seqs", "1000").scheduler.max_num_batched_tokens >= 1000
+
+
 def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["serve", "--help"])

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,11 +45,14 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(*arguments: str, until: str = r"ready after") -> Iterator[RunningServer]:
+def running_server(
+    *arguments: str, until: str = r"ready after", environment: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
     """`llmd serve --port 0 …` for as long as the block lasts; entered once a line of its log matches `until`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "llmd", "serve", "--port", "0", *arguments],
         stderr=subprocess.PIPE,
+        env=environment,
         text=True,
         # its own process group, as under a shell: nothing of ours is left behind, whatever a test does
         start_new_session=True,
