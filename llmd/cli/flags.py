@@ -100,12 +100,14 @@ def _port(text: str) -> int:
 
 
 def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
-    positive = _at_least(1, int)
-    seconds = _at_least(0, float)
-
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the same names; flags win over it")
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_memory_flags(parser.add_argument_group("device and memory"))
+    _add_scheduling_flags(parser.add_argument_group("scheduling"))
+    _add_http_flags(parser.add_argument_group("HTTP"))
 
-    model = parser.add_argument_group("model")
+
+def _add_model_flags(model: argparse._ArgumentGroup) -> None:
     model.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     model.add_argument(
         "--model",
@@ -130,9 +132,12 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--download-dir", metavar="DIR", help="where downloads and conversions go")
 
-    device = parser.add_argument_group("device and memory")
+
+def _add_memory_flags(device: argparse._ArgumentGroup) -> None:
     device.add_argument("--device", choices=_DEVICES, default="auto", help="(default: auto)")
-    device.add_argument("--threads", type=positive, metavar="N", help="compute threads on a CPU (default: one a core)")
+    device.add_argument(
+        "--threads", type=_at_least(1, int), metavar="N", help="compute threads on a CPU (default: one a core)"
+    )
     device.add_argument(
         "--gpu-memory-utilization", type=_fraction, default=0.9, metavar="X", help="share of the GPU (default: 0.9)"
     )
@@ -147,9 +152,14 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         help="reuse the KV of equal prefixes (default: on)",
     )
 
-    scheduling = parser.add_argument_group("scheduling")
+
+def _add_scheduling_flags(scheduling: argparse._ArgumentGroup) -> None:
     scheduling.add_argument(
-        "--max-num-seqs", type=positive, default=64, metavar="N", help="sequences that run at once (default: 64)"
+        "--max-num-seqs",
+        type=_at_least(1, int),
+        default=64,
+        metavar="N",
+        help="sequences that run at once (default: 64)",
     )
     scheduling.add_argument(
         "--max-num-batched-tokens",
@@ -164,11 +174,17 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
         help="order of waiting requests; priority: the lowest `priority` field first (default: fcfs)",
     )
 
-    http = parser.add_argument_group("HTTP")
+
+def _add_http_flags(http: argparse._ArgumentGroup) -> None:
+    seconds = _at_least(0, float)
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     http.add_argument("--port", type=_port, default=8000, help="0 takes a free one and prints it (default: 8000)")
     http.add_argument(
-        "--api-server-count", type=positive, default=1, metavar="N", help="server processes on the port (default: 1)"
+        "--api-server-count",
+        type=_at_least(1, int),
+        default=1,
+        metavar="N",
+        help="server processes on the port (default: 1)",
     )
     http.add_argument(
         "--response-role", default="assistant", metavar="ROLE", help="role of answers (default: assistant)"
