@@ -85,8 +85,11 @@ class _Supervisor:
                     everything.cancel()
                     return
                 self._draining = True
-                self._terminal.line("draining: running requests finish, new ones are refused")
-                self._set_state(stage=Stage.DRAINING, detail="shutting down")
+                self._set_state(
+                    stage=Stage.DRAINING,
+                    detail="draining: running requests finish, new ones are refused",
+                    progress=None,
+                )
 
     def _note_ready(self) -> None:
         if self._engine_is_ready and self._server_is_ready and not self._draining:

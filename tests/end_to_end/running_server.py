@@ -35,7 +35,9 @@ class RunningServer:
         modules = {}
         for pid in children:
             arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            modules[arguments[arguments.index("-m") + 1]] = int(pid)
+            # a child that was forked this moment still has our own command line
+            if "-m" in arguments and (module := arguments[arguments.index("-m") + 1]) != "llmd":
+                modules[module] = int(pid)
         return modules
 
     def stop(self) -> int:
