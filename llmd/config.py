@@ -59,6 +59,12 @@ class HttpConfig(Struct, frozen=True, kw_only=True):
     keep_alive_timeout: float = 75 * SECONDS
     drain_timeout: float = 30 * SECONDS  # for running work after SIGTERM
     max_logprobs: int = 20
+    # sequences, and tokens of their prompts, that wait for their first token in one server process
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int = 1_000_000
+    api_key_digests: tuple[bytes, ...] = ()  # SHA-256 of each key of --api-key
+    api_key_file: str | None = None  # more keys, one a line; read again when it changes
+    allowed_origins: tuple[str, ...] = ()  # of pages in a browser (CORS); "*" = all, none = no CORS
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -66,7 +72,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
 
     model: ModelConfig
     http: HttpConfig
-    listen_fds: tuple[int, ...]  # inherited listening TCP sockets
+    listen_fds: tuple[int, ...]  # inherited listening sockets, TCP or unix
     engine_path: str  # unix socket of the engine; connecting waits until the engine accepts
 
 

@@ -4,8 +4,10 @@ LlmdError
 ├── InvalidRequest (400)        what the client sent cannot be honoured
 │   ├── ContextLengthExceeded   the prompt does not fit
 │   └── ModelNotFound (404)
+├── InvalidApiKey (401)         no key, or not one of this server's
 ├── Overloaded (429)            try again later
 ├── Unavailable (503)           loading, restarting, draining or failed
+├── DeadlineExceeded (408)      the client's own timeout passed before the first token
 ├── EngineFailed (500)          one request could not be finished
 └── StartupFailed               the command cannot go on; printed, never a trace
     └── UnsupportedModel        architecture, tensor or file that llmd cannot run
@@ -44,6 +46,10 @@ class ModelNotFound(InvalidRequest):
         super().__init__(message, param="model", code="model_not_found")
 
 
+class InvalidApiKey(LlmdError):
+    """The request brings no API key, or one that is not known here. The message never shows a key."""
+
+
 class Overloaded(LlmdError):
     """Too much work is waiting. `retry_after` in seconds."""
 
@@ -58,6 +64,10 @@ class Unavailable(LlmdError):
     def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeadlineExceeded(LlmdError):
+    """The time that the client gave its request passed before there was anything to answer."""
 
 
 class EngineFailed(LlmdError):

@@ -105,6 +105,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
     _add_memory_flags(parser.add_argument_group("device and memory"))
     _add_scheduling_flags(parser.add_argument_group("scheduling"))
     _add_http_flags(parser.add_argument_group("HTTP"))
+    _add_door_flags(parser.add_argument_group("keys and browsers"))
 
 
 def _add_model_flags(model: argparse._ArgumentGroup) -> None:
@@ -173,12 +174,27 @@ def _add_scheduling_flags(scheduling: argparse._ArgumentGroup) -> None:
         default="fcfs",
         help="order of waiting requests; priority: the lowest `priority` field first (default: fcfs)",
     )
+    scheduling.add_argument(
+        "--max-num-queued-reqs",
+        type=_at_least(1, int),
+        metavar="N",
+        help="sequences of a server process that may wait for their first token; more get a 429 (default: 1024, or "
+        "four times --max-num-seqs if that is more)",
+    )
+    scheduling.add_argument(
+        "--max-num-queued-tokens",
+        type=token_count,
+        default=1_000_000,
+        metavar="N",
+        help="the same by tokens of their prompts, e.g. 200k (default: 1000k)",
+    )
 
 
 def _add_http_flags(http: argparse._ArgumentGroup) -> None:
     seconds = _at_least(0, float)
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     http.add_argument("--port", type=_port, default=8000, help="0 takes a free one and prints it (default: 8000)")
+    http.add_argument("--uds", metavar="PATH", help="listen on a unix socket (mode 0600) instead of --host and --port")
     http.add_argument(
         "--api-server-count",
         type=_at_least(1, int),
@@ -202,6 +218,27 @@ def _add_http_flags(http: argparse._ArgumentGroup) -> None:
         default=30.0,
         metavar="SECONDS",
         help="for running requests after SIGTERM or Ctrl-C (default: 30)",
+    )
+
+
+def _add_door_flags(doors: argparse._ArgumentGroup) -> None:
+    doors.add_argument(
+        "--api-key",
+        nargs="+",
+        metavar="KEY",
+        help="ask for one of these keys; `ps` shows them to every user of this machine, so better use --api-key-file",
+    )
+    doors.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="the same, one key a line, # for comments; read again when it changes",
+    )
+    doors.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        metavar="ORIGIN",
+        help="whose pages may use this server from a browser (CORS), e.g. https://chat.example.com, or * "
+        "(default: nobody's)",
     )
 
 

@@ -1,15 +1,22 @@
 """From what was typed to what is meant: flags become a `Config`, in one place. Knows no process and no model file."""
 
 import argparse
+import re
 from pathlib import Path
 
 from llmd.config import CacheConfig, Config, HttpConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
 from llmd.fetch.source import DEMO_MODEL_NAME, default_cache_dir
+from llmd.server.api_keys import key_digest, key_fault, read_key_file
 
 # A step on a CPU takes about 4 ms a token: more tokens would make everyone's next token wait too long.
 _CPU_STEP_TOKENS = 256
 _GPU_STEP_TOKENS = 2048
+# as many as one request may have; a server that runs more at once must let them all come in at once too
+_QUEUED_REQS = 1024
+
+# scheme://host[:port] as a browser writes it (RFC 6454): no path, no user
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/@?#\s,]+")
 
 
 def resolve(flags: argparse.Namespace) -> Config:
@@ -53,6 +60,11 @@ def resolve(flags: argparse.Namespace) -> Config:
         keep_alive_timeout=flags.keep_alive_timeout,
         drain_timeout=flags.drain_timeout,
         max_logprobs=flags.max_logprobs,
+        max_num_queued_reqs=flags.max_num_queued_reqs or max(_QUEUED_REQS, 4 * flags.max_num_seqs),
+        max_num_queued_tokens=flags.max_num_queued_tokens,
+        api_key_digests=_api_key_digests(flags.api_key or []),
+        api_key_file=_api_key_file(flags.api_key_file),
+        allowed_origins=tuple(_origin(text) for text in flags.allowed_origins or []),
     )
     return Config(model=model, cache=cache, scheduler=scheduler, http=http)
 
@@ -85,6 +97,33 @@ def _chat_template(value: str | None) -> str | None:
         return Path(value).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise StartupFailed(f"--chat-template {value}: {error}") from error
+
+
+def _api_key_digests(keys: list[str]) -> tuple[bytes, ...]:
+    for number, key in enumerate(keys, 1):
+        if fault := key_fault(key):
+            # an empty one is a shell's unset variable: without this, the door would be open
+            raise StartupFailed(f"--api-key: key {number} {fault}")
+    return tuple(map(key_digest, keys))
+
+
+def _api_key_file(file: str | None) -> str | None:
+    if file is not None:
+        try:
+            read_key_file(file)
+        except OSError as error:
+            raise StartupFailed(f"--api-key-file {file}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise StartupFailed(f"--api-key-file {file}: {error}") from error
+    return file
+
+
+def _origin(text: str) -> str:
+    # a browser writes scheme and host in small letters, and compares letter by letter
+    origin = text.lower()
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise StartupFailed(f"--allowed-origins {text}: this is not an origin, as https://chat.example.com:8443, nor *")
+    return origin
 
 
 def _step_tokens(device: str) -> int:

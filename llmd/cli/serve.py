@@ -4,17 +4,22 @@ import argparse
 import errno
 import socket
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llmd import __version__
 from llmd.errors import StartupFailed
 from llmd.supervisor.processes import listen_tcp
+from llmd.supervisor.unix_socket import listening_unix_socket
 
 
 def serve(flags: argparse.Namespace) -> int:
     """Run a server until it is told to stop. Returns the exit status."""
-    listener = _listen(flags.host, flags.port)
+    with _listening(flags) as listener:
+        return _serve_on(listener, flags)
 
+
+def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
     # The port is open from here on. What is imported now took its time away from a client that could already connect.
     from llmd.cli.resolve import resolve
     from llmd.fetch.source import find_ready
@@ -22,9 +27,7 @@ def serve(flags: argparse.Namespace) -> int:
 
     config = resolve(flags)
     model_dir = find_ready(config.model.source, revision=config.model.revision, cache_dir=Path(config.model.cache_dir))
-    host, port = listener.getsockname()[:2]
-    shown_host = f"[{host}]" if ":" in host else host
-    print(f"llmd {__version__} · {config.model.served_names[0]} · http://{shown_host}:{port}", file=sys.stderr)
+    print(f"llmd {__version__} · {config.model.served_names[0]} · {_address(listener)}", file=sys.stderr)
     sockets = Sockets.open((listener,))
     try:
         first = start_first_children(config, sockets, model_dir=model_dir)
@@ -37,6 +40,19 @@ def serve(flags: argparse.Namespace) -> int:
         return trio.run(lambda: supervise(config, sockets, first, model_dir=str(model_dir) if model_dir else None))
     finally:
         sockets.close()
+
+
+def _listening(flags: argparse.Namespace) -> AbstractContextManager[socket.socket]:
+    if flags.uds is not None:
+        return listening_unix_socket(Path(flags.uds))
+    return _listen(flags.host, flags.port)
+
+
+def _address(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -14,6 +14,7 @@ from operator import attrgetter
 
 from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.block_pool import BlockPool
+from llmd.engine.fair_rounds import FairRounds
 from llmd.engine.prefix_cache import PrefixCache, extend_block_hashes
 from llmd.engine.sequence import ConnectionId, Sequence
 from llmd.errors import LlmdError
@@ -41,6 +42,7 @@ class Scheduler:
 
         self._open: dict[tuple[ConnectionId, int], Sequence] = {}  # by (connection, request id)
         self._waiting: list[Sequence] = []  # in order
+        self._rounds = FairRounds()
         self._running: dict[int, Sequence] = {}  # by sequence id
         self._dropped: list[int] = []  # sequence ids that the ranks must still be told to forget
         self._in_flight: deque[StepPlan] = deque()
@@ -82,10 +84,12 @@ class Scheduler:
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=min(request.sampling.max_tokens, self.max_model_len - num_prompt_tokens),
-            order=(request.priority if self._limits.policy == "priority" else 0, next(self._arrivals)),
         )
         if finish := sequence.finish_reason():
             return TokenEvent(request_id=request.request_id, num_cached_tokens=0, finish=finish)
+        priority = request.priority if self._limits.policy == "priority" else 0
+        fair_round = self._rounds.join(request.client, priority=priority)
+        sequence.order = (priority, fair_round, next(self._arrivals))
         self._open[key] = sequence
         insort(self._waiting, sequence, key=_order)
         return None
@@ -254,6 +258,8 @@ class Scheduler:
         num_cached_tokens = len(cached_ids) * self._block_size
         sequence.start(sequence_id, cached_ids=cached_ids, taken_ids=taken_ids, num_cached_tokens=num_cached_tokens)
         self._running[sequence_id] = sequence
+        priority, fair_round, _ = sequence.order
+        self._rounds.begin(sequence.request.client, priority=priority, joined=fair_round)
         self._prefix_cache.expect(islice(sequence.block_hashes, len(cached_ids), None), sequence_id=sequence_id)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(num_cached_tokens, sequence.num_prompt_tokens)
@@ -333,6 +339,8 @@ class Scheduler:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
         else:
             self._stop_running(sequence)
+        priority, fair_round, _ = sequence.order
+        self._rounds.end(sequence.request.client, priority=priority, joined=fair_round)
 
     def _stop_running(self, sequence: Sequence) -> None:
         assert sequence.sequence_id is not None

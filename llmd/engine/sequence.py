@@ -35,7 +35,8 @@ class Sequence:
     token_ids: list[int]  # prompt and output so far
     num_prompt_tokens: int
     max_output_tokens: int  # what the request and the context allow
-    order: tuple[int, int]  # (priority, arrival): the smaller is served first and preempted last
+    # (priority, fair round, arrival): the smaller is served first and preempted last; set once it is taken in
+    order: tuple[int, int, int] = (0, 0, 0)
 
     # The state of one admission, set by `start`; while it waits it has no sequence id and no blocks.
     sequence_id: int | None = None  # by which the ranks know it

@@ -52,6 +52,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     output_token_ids: list[int] = []  # already given to the client: go on after these (contract C1)
     priority: int = 0  # lower is earlier
     cache_salt: str = ""  # prefixes are shared only between equal salts
+    client: str = ""  # who asks: waiting requests of equal priority are shared out fairly between clients
 
 
 class CancelRequest(Struct, frozen=True, tag=True):

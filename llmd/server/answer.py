@@ -4,17 +4,19 @@ Streamed and whole answers are made of the same deltas (contract C6): a whole an
 know how a chat or a completion looks; `chat` and `completions` render their own.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from types import TracebackType
+from typing import Self, cast
 
 import trio
 
-from llmd.errors import EngineFailed
+from llmd.errors import DeadlineExceeded, EngineFailed
 from llmd.protocol.generation import FinishReason, TokenEvent, TokenLogprobs
+from llmd.server.admission import overloaded, rejection
+from llmd.server.connection import hold
 from llmd.server.context import Server, TextModel
-from llmd.server.engine_client import Generation
+from llmd.server.engine_client import IndexedEvent
 from llmd.server.openai_responses import AnswerFinish, PromptTokensDetails, Usage
 from llmd.server.openai_types import CompletionRequest
 from llmd.server.parameters import stop_strings
@@ -44,24 +46,33 @@ class Delta:
     stop_reason: str | int | None  # the stop string, or the client's own stop token
 
 
-@contextmanager
-def answering(server: Server, question: Question) -> Iterator["Answer"]:
-    """Generate for as long as the block lasts. However it is left, what has not ended is cancelled and counted."""
-    with server.engine.generate(question.starts()) as generation:
-        answer = Answer(server, question, generation)
-        try:
-            yield answer
-        except Exception:
-            answer.close("error")
-            raise
-        finally:
-            answer.close("abort")
+def begin(server: Server, question: Question) -> "Answer":
+    """Have the engine answer, until the current HTTP request ends at the latest. Raises Overloaded.
+
+    Between the check and the submission nothing else runs: the bound is never passed by many that come at once.
+    """
+    limits = server.config.http
+    backlog = server.engine.backlog
+    reason = rejection(
+        backlog,
+        num_sequences=question.num_choices,
+        num_tokens=question.request.n * question.num_prompt_tokens,
+        max_num_sequences=limits.max_num_queued_reqs,
+        max_num_tokens=limits.max_num_queued_tokens,
+    )
+    if reason is not None:
+        server.metrics.rejected(reason)
+        limit = limits.max_num_queued_reqs if reason == "queued_reqs" else limits.max_num_queued_tokens
+        raise overloaded(backlog, reason, limit=limit, now=trio.current_time())
+    answer = Answer(server, question)
+    hold(answer)
+    return answer
 
 
-async def collect(server: Server, question: Question) -> tuple[list[Delta], Usage]:
-    """The whole answer: each choice as one delta, in order of index. Raises EngineFailed."""
-    parts: list[list[Delta]] = [[] for _ in range(question.num_choices)]
-    with answering(server, question) as answer:
+async def collect(answer: "Answer") -> tuple[list[Delta], Usage]:
+    """The whole answer: each choice as one delta, in order of index. Raises EngineFailed or DeadlineExceeded."""
+    parts: list[list[Delta]] = [[] for _ in range(answer.num_choices)]
+    with answer:
         while not answer.is_over:
             for delta in await answer.deltas():
                 parts[delta.index].append(delta)
@@ -82,15 +93,36 @@ def _sum(deltas: Sequence[Delta]) -> Delta:
 
 
 class Answer:
-    """The choices of one request while they grow. Ask for `deltas` until `is_over`; then `usage` is final."""
+    """The choices of one request while they grow. Ask for `deltas` until `is_over`; then `usage` is final.
 
-    def __init__(self, server: Server, question: Question, generation: Generation) -> None:
+    Generation begins at once. Use it as a block: however that is left, what has not ended is cancelled and counted.
+    Leaving it again does nothing.
+    """
+
+    def __init__(self, server: Server, question: Question) -> None:
         self._metrics = server.metrics
         self._question = question
-        self._generation = generation
         text = server.loaded_text()
         self._choices = [_Choice(text, question, index) for index in range(question.num_choices)]
         self._num_open = question.num_choices
+        self._generation = server.engine.generate(question.starts())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._generation.cancel_all()
+        # the client left, or ran out of patience
+        aborted = isinstance(error, DeadlineExceeded) or not isinstance(error, Exception)
+        for choice in self._choices:
+            if not choice.is_finished:
+                self._finish(choice, "abort" if aborted else "error")
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._choices)
 
     @property
     def is_over(self) -> bool:
@@ -99,10 +131,35 @@ class Answer:
     async def deltas(self) -> list[Delta]:
         """What is new since the last call, of all choices, in order of arrival; waits for the first.
 
-        Raises EngineFailed if one of the choices cannot be finished.
+        When the request's deadline passes, every choice ends with what it has. Raises DeadlineExceeded if none has
+        anything, EngineFailed if one of the choices cannot be finished.
         """
+        with trio.CancelScope(deadline=self._question.deadline) as scope:
+            return self._take_in(await self._generation.take())
+        assert scope.cancelled_caught
+        return self._end_early()
+
+    def _end_early(self) -> list[Delta]:
+        """The deadline has passed: nothing more is computed, and every choice ends with the tokens it has."""
+        self._generation.cancel_all()
+        deltas = self._take_in(self._generation.take_pending())
+        if not any(choice.num_tokens or choice.is_finished for choice in self._choices):
+            seconds = self._question.deadline - self._question.arrived
+            raise DeadlineExceeded(
+                f"The request's timeout of {seconds:g} seconds passed before its first token. Allow more time, or try "
+                "again when the server has less to do."
+            )
+        ending = TokenEvent(request_id=-1, finish=FinishReason.LENGTH)
+        for choice in self._choices:
+            if not choice.is_finished and (delta := choice.push(ending)) is not None:
+                deltas.append(delta)
+                self._num_open -= 1
+                self._finish(choice, FinishReason.LENGTH)
+        return deltas
+
+    def _take_in(self, events: list[IndexedEvent]) -> list[Delta]:
         deltas: list[Delta] = []
-        for index, event in await self._generation.take():
+        for index, event in events:
             choice = self._choices[index]
             if choice.is_finished:
                 continue  # a stop string ended it, and the engine had not heard yet
@@ -119,7 +176,7 @@ class Answer:
 
     def usage(self) -> Usage:
         """Tokens of the whole request so far."""
-        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._question.prompts)
+        prompt_tokens = self._question.num_prompt_tokens
         completion_tokens = sum(choice.num_tokens for choice in self._choices)
         # the further choices of a prompt find in the cache what the first has put there: that saved the client nothing
         cached_tokens = sum(choice.num_cached_tokens for choice in self._choices[:: self._question.request.n])
@@ -129,12 +186,6 @@ class Answer:
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
         )
-
-    def close(self, reason: str) -> None:
-        """Count what has not ended: "abort" if the client left, "error" if something failed."""
-        for choice in self._choices:
-            if not choice.is_finished:
-                self._finish(choice, reason)
 
     def _observe(self, choice: "_Choice") -> None:
         now = trio.current_time()

@@ -13,8 +13,10 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from llmd.server import chat, completions, docs_page, health, models, tokenization
+from llmd.server.api_keys import ApiKeys
 from llmd.server.connection import ClientConnection
 from llmd.server.context import Server
+from llmd.server.cors import register_cors
 from llmd.server.error_handlers import error_response, register_error_handlers
 from llmd.server.health import Health, Version
 from llmd.server.openai_responses import (
@@ -85,15 +87,21 @@ ROUTES = (
         errors=_BODY_ERRORS,
     ),
     Route(
-        "GET", "/health", health.health, "Ready to generate, or what comes before that", result=Health, unready=Health
+        "GET",
+        "/health",
+        health.health,
+        "Ready to generate, or what comes before that",
+        result=Health,
+        unready=Health,
+        is_open=True,
     ),
-    Route("GET", "/health/live", health.live, "Does the process answer?", result=Health),
-    Route("GET", "/health/ready", health.ready, "The same as /health", result=Health, unready=Health),
+    Route("GET", "/health/live", health.live, "Does the process answer?", result=Health, is_open=True),
+    Route("GET", "/health/ready", health.ready, "The same as /health", result=Health, unready=Health, is_open=True),
     Route("GET", "/metrics", health.metrics, "Figures for Prometheus", content_type="text/plain"),
     Route("GET", "/version", health.version, "The version of llmd", result=Version),
     Route("GET", "/openapi.json", openapi, "The description of this API", content_type="application/json"),
-    Route("GET", "/docs", docs_page.docs, "This API, to read and to try", content_type="text/html"),
-    Route("GET", "/", docs_page.index, "A page that says what this is", content_type="text/html"),
+    Route("GET", "/docs", docs_page.docs, "This API, to read and to try", content_type="text/html", is_open=True),
+    Route("GET", "/", docs_page.index, "A page that says what this is", content_type="text/html", is_open=True),
 )
 
 
@@ -110,7 +118,10 @@ def create_app(server: Server) -> QuartTrio:
     for route in ROUTES:
         app.add_url_rule(route.path, route.operation_id, _view(route, server), methods=[route.method])
     register_error_handlers(app)
+    # in this order: a preflight brings no key
     _name_requests(app)
+    register_cors(app, server.config.http.allowed_origins)
+    _require_key(app, server)
     _count_answers(app, server)
     return app
 
@@ -142,6 +153,18 @@ def _name_requests(app: QuartTrio) -> None:
 
     app.before_request(name_request)
     app.after_request(send_name)
+
+
+def _require_key(app: QuartTrio, server: Server) -> None:
+    """An API key on everything that is not open, and on every path that is not here: who has none learns nothing."""
+    keys = ApiKeys(server.config.http.api_key_digests, server.config.http.api_key_file)
+    is_open = frozenset(route.operation_id for route in ROUTES if route.is_open)
+
+    async def require_key() -> None:
+        if request.endpoint not in is_open:
+            keys.check(request.headers.get("Authorization"))
+
+    app.before_request(require_key)
 
 
 def _count_answers(app: QuartTrio, server: Server) -> None:

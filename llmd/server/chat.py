@@ -6,7 +6,7 @@ import trio
 from msgspec import UNSET
 from quart import Response
 
-from llmd.server.answer import Delta, collect
+from llmd.server.answer import Delta, begin, collect
 from llmd.server.context import Server, TextModel
 from llmd.server.logprobs import chat_logprobs
 from llmd.server.openai_responses import AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs, Usage
@@ -30,9 +30,10 @@ async def chat_completions(server: Server) -> Response:
     prompt = Prompt(await encode_conversation(text, request, reasoning_effort=request.reasoning_effort))
     question = ask(server, request, [prompt], id_prefix="chatcmpl", arrived=arrived)
     view = _ChatView(question, request, text, _role(server, request))
+    answer = begin(server, question)
     if request.stream:
-        return StreamResponse(partial(stream, server, question, view))
-    return json_response(view.whole(*await collect(server, question)))
+        return StreamResponse(partial(stream, answer, question, view))
+    return json_response(view.whole(*await collect(answer)))
 
 
 def _role(server: Server, request: ChatCompletionRequest) -> str:

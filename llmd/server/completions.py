@@ -8,7 +8,7 @@ from msgspec import UNSET
 from quart import Response
 
 from llmd.errors import InvalidRequest
-from llmd.server.answer import Delta, collect
+from llmd.server.answer import Delta, begin, collect
 from llmd.server.context import Server, TextModel
 from llmd.server.logprobs import completion_logprobs
 from llmd.server.openai_responses import Completion, CompletionChoice, CompletionLogprobs, Usage
@@ -34,9 +34,10 @@ async def completions(server: Server) -> Response:
     prompts = await _prompts(text, request)
     question = ask(server, request, prompts, id_prefix="cmpl", arrived=arrived)
     view = _CompletionView(question, request, text)
+    answer = begin(server, question)
     if request.stream:
-        return StreamResponse(partial(stream, server, question, view))
-    return json_response(view.whole(*await collect(server, question)))
+        return StreamResponse(partial(stream, answer, question, view))
+    return json_response(view.whole(*await collect(answer)))
 
 
 async def _prompts(text: TextModel, request: CompletionRequest) -> list[Prompt]:

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import trio
+from quart import request as current_request
 from quart.typing import ResponseTypes
 from quart.utils import encode_headers
 from quart.wrappers import Request
@@ -20,6 +21,15 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
+_HELD = "llmd.held"  # of an ASGI scope
+
+
+def hold(resource: AbstractContextManager[object]) -> None:
+    """Leave this block when the current request ends, however that comes about.
+
+    A route that streams has returned before its stream begins: what it has opened belongs to the request meanwhile.
+    """
+    current_request.scope[_HELD].push(resource)  # type: ignore[literal-required]  # a key of our own
 
 
 class OpenRequests:
@@ -86,7 +96,8 @@ class ClientConnection(TrioASGIHTTPConnection):
                 self._ending = True
             await send(message)
 
-        with self._open_requests.one_more():
+        with self._open_requests.one_more(), ExitStack() as held:
+            self.scope[_HELD] = held  # type: ignore[literal-required]
             try:
                 await super().__call__(receive_next, send_noting_progress)
             except* Exception as errors:

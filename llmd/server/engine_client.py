@@ -4,11 +4,12 @@ It owns the state of every open sequence (contract C1), so a new engine goes on 
 not know HTTP, text or metrics.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Generic, TypeVar
+from types import TracebackType
+from typing import Generic, Self, TypeVar
 
 import msgspec
 import trio
@@ -25,6 +26,7 @@ from llmd.protocol.generation import (
     StepEvents,
     TokenEvent,
 )
+from llmd.server.admission import Backlog
 
 Item = TypeVar("Item")
 Connect = Callable[[str], Awaitable[trio.abc.Stream]]
@@ -54,6 +56,10 @@ class Mailbox(Generic[Item]):
             await trio.lowlevel.checkpoint()
         else:
             await self._waiting.park()
+        return self.take_pending()
+
+    def take_pending(self) -> list[Item]:
+        """What has come in, without waiting: perhaps nothing."""
         items, self._items = self._items, []
         return items
 
@@ -66,6 +72,8 @@ class SequenceStart:
     sampling: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    client: str = ""
+    deadline: float = math.inf  # on trio's clock; nothing is computed after it, whoever takes the events or does not
 
 
 IndexedEvent = tuple[int, TokenEvent]  # (which sequence of the generation, what it says)
@@ -80,6 +88,7 @@ class _OpenSequence:
     events: Mailbox[IndexedEvent]
     request_id: int = -1  # of the latest submission
     output_token_ids: list[int] = field(default_factory=list)
+    waits: bool = True  # it counts in the backlog
     heard: bool = False  # its first event came, and with it what is told once only
     num_fruitless: int = 0  # submissions since the last token
 
@@ -94,6 +103,7 @@ class _OpenSequence:
             output_token_ids=self.output_token_ids,
             priority=self.start.priority,
             cache_salt=self.start.cache_salt,
+            client=self.start.client,
         )
 
     def take_in(self, event: TokenEvent) -> None:
@@ -109,16 +119,29 @@ class _OpenSequence:
 
 
 class Generation:
-    """The sequences of one client's request, for as long as `EngineClient.generate` lasts."""
+    """The sequences of one client's request. Leaving the block (`with`) cancels those that have not ended."""
 
     def __init__(self, engine: "EngineClient", events: Mailbox[IndexedEvent], sequences: list[_OpenSequence]) -> None:
         self._engine = engine
         self._events = events
         self._sequences = sequences
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # a cancelled task may not await here, so this only queues the messages
+        self.cancel_all()
+
     async def take(self) -> list[IndexedEvent]:
         """All events that are pending, in order of arrival; waits for the first. One event a sequence has `finish`."""
         return await self._events.take()
+
+    def take_pending(self) -> list[IndexedEvent]:
+        """The events that are there already."""
+        return self._events.take_pending()
 
     def cancel(self, index: int) -> None:
         """Stop one sequence early. Events of it that are pending already still come."""
@@ -145,6 +168,7 @@ class EngineClient:
         self._became_ready = trio.Event()
         self.ready: EngineReady | None = None
         self.statistics: EngineStatistics | None = None
+        self.backlog = Backlog()
 
     @property
     def num_open(self) -> int:
@@ -156,19 +180,14 @@ class EngineClient:
             await self._became_ready.wait()
         return self.ready
 
-    @contextmanager
-    def generate(self, starts: Sequence[SequenceStart]) -> Iterator[Generation]:
-        """Run these sequences for as long as the block lasts. Leaving it cancels what has not ended."""
+    def generate(self, starts: Sequence[SequenceStart]) -> Generation:
+        """Run these sequences, from now on. Use it as a block: leaving it cancels what has not ended."""
         events: Mailbox[IndexedEvent] = Mailbox()
         sequences = [_OpenSequence(index, start, events) for index, start in enumerate(starts)]
-        generation = Generation(self, events, sequences)
-        try:
-            for sequence in sequences:
-                self._submit(sequence)
-            yield generation
-        finally:
-            # a cancelled task may not await here, so this only queues the messages
-            generation.cancel_all()
+        for sequence in sequences:
+            self.backlog.enter(len(sequence.start.prompt_token_ids))
+            self._submit(sequence)
+        return Generation(self, events, sequences)
 
     def fail_all(self, message: str) -> None:
         """End every open sequence with an error: the engine will not come back."""
@@ -241,6 +260,7 @@ class EngineClient:
             if sequence.num_fruitless < MAX_FRUITLESS:
                 self._submit(sequence)
             else:
+                self._leave_backlog(sequence)
                 sequence.fail(f"The engine has died {MAX_FRUITLESS} times while it had this request.")
 
     def _submit(self, sequence: _OpenSequence) -> None:
@@ -255,10 +275,22 @@ class EngineClient:
         sequence = self._open.get(event.request_id)
         if sequence is None:
             return  # cancelled while the event was on its way
+        if sequence.waits:
+            sequence.waits = False
+            self.backlog.begin(len(sequence.start.prompt_token_ids), now=trio.current_time())
         sequence.take_in(event)
         if event.finish is not None:
             del self._open[event.request_id]
+        elif sequence.start.deadline <= trio.current_time():
+            # whoever takes the events may be held up by a client that does not read
+            self._close(sequence)
+
+    def _leave_backlog(self, sequence: _OpenSequence) -> None:
+        if sequence.waits:
+            sequence.waits = False
+            self.backlog.leave(len(sequence.start.prompt_token_ids))
 
     def _close(self, sequence: _OpenSequence) -> None:
+        self._leave_backlog(sequence)
         if self._open.pop(sequence.request_id, None) is not None and self.ready is not None:
             self._outbox.put(encode_frame(CancelRequest(sequence.request_id)))

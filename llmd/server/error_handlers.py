@@ -13,7 +13,15 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug import exceptions as http
 
-from llmd.errors import EngineFailed, InvalidRequest, ModelNotFound, Overloaded, Unavailable
+from llmd.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidApiKey,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    Unavailable,
+)
 
 _log = logging.getLogger(__name__)
 _encoder = msgspec.json.Encoder()
@@ -61,8 +69,10 @@ _SERVER = "server_error"
 _KINDS: dict[type[BaseException], _Kind] = {
     InvalidRequest: _Kind(400, _CLIENT),
     ModelNotFound: _Kind(404, _CLIENT),
+    InvalidApiKey: _Kind(401, _CLIENT, "invalid_api_key"),
     Overloaded: _Kind(429, "rate_limit_error", "rate_limit_exceeded"),
     Unavailable: _Kind(503, _SERVER, "engine_overloaded"),
+    DeadlineExceeded: _Kind(408, _CLIENT, "deadline_exceeded"),
     EngineFailed: _Kind(500, _SERVER),
     http.BadRequest: _Kind(400, _CLIENT, "bad_request"),
     http.NotFound: _Kind(404, _CLIENT, "unknown_url"),
@@ -83,8 +93,13 @@ def render(error: BaseException) -> Rendered:
     kind = _kind(error)
     param, code = (error.param, error.code) if isinstance(error, InvalidRequest) else (None, kind.code)
     headers = {}
+    if isinstance(error, InvalidApiKey):
+        headers["www-authenticate"] = "Bearer"
     if isinstance(error, Overloaded | Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, DeadlineExceeded):
+        # openai's client sends a 408 again unless it is told not to, and no longer wants the answer by now
+        headers["x-should-retry"] = "false"
     if isinstance(error, http.MethodNotAllowed) and error.valid_methods:
         headers["allow"] = ", ".join(sorted(error.valid_methods))
     content = ErrorResponse(ErrorObject(message=_message(error), type=kind.type, param=param, code=code))

@@ -75,6 +75,12 @@ class Metrics:
             (*_LABELS, "finished_reason"),
             registry=self._registry,
         )
+        self._rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests refused because the queue was full, by the bound that was reached.",
+            (*_LABELS, "reason"),
+            registry=self._registry,
+        )
         self._http = Counter(
             "http_requests", "HTTP answers begun.", ("handler", "method", "status"), registry=self._registry
         )
@@ -121,6 +127,10 @@ class Metrics:
             self._decode.observe(decode_seconds)
             if output_tokens > 1:
                 self._per_output_token.observe(decode_seconds / (output_tokens - 1))
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused with 429: "queued_reqs" or "queued_tokens"."""
+        self._rejections.labels(*self._labels, reason).inc()
 
     def http_answer(self, *, handler: str, method: str, status: int) -> None:
         """An answer has begun. `handler` is the route's path with its placeholders, never the client's."""

@@ -43,6 +43,7 @@ class SamplingFields(Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     priority: int = 0
     cache_salt: str = ""
+    timeout: float | None = None  # seconds, from arrival to the last token
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 

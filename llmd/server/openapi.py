@@ -29,7 +29,7 @@ def openapi_document(routes: Sequence[Route]) -> Json:
         "info": {"title": "llmd", "version": __version__, "description": "An open-weights model over the OpenAI API."},
         "paths": paths,
         "tags": [{"name": "default"}],
-        # any key is taken; clients that always send one need not be told otherwise
+        # a server without keys takes any; clients that always send one need not be told otherwise
         "security": [{}, {"bearer": []}],
         "components": {
             "schemas": schemas.components,
@@ -72,7 +72,7 @@ def _responses(route: Route, schemas: _Schemas) -> Json:
     if route.streams:
         content["text/event-stream"] = {"schema": {"type": "string", "description": "With `stream`: `data:` events."}}
     responses: Json = {"200": {"description": "OK", "content": content}}
-    for status in (*route.errors, 500):
+    for status in (*(() if route.is_open else (401,)), *route.errors, 500):
         error = {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
         responses[str(status)] = error
     if route.unready is not None:

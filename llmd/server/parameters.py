@@ -37,6 +37,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("repetition_penalty", lambda p: 0.01 <= p <= 100.0, "in [0.01, 100]"),
     ("min_tokens", lambda m: m >= 0, "greater than or equal to 0"),
     ("seed", lambda s: -(2**63) <= s < 2**63, "a 64-bit integer"),
+    ("timeout", lambda t: t > 0.0, "greater than zero"),
     ("priority", lambda p: -(2**31) <= p < 2**31, "a 32-bit integer"),
 )
 

@@ -4,6 +4,7 @@ It must not know what comes back.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from llmd.server.context import Server, TextModel
 from llmd.server.engine_client import SequenceStart
 from llmd.server.openai_types import ChatCompletionRequest, CompletionRequest
 from llmd.server.parameters import MAX_SEQUENCES, check_token_ids, draw_seed, resolve_sampling
+from llmd.server.request_headers import client_identity, header_timeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,17 @@ class Question:
     prompts: Sequence[Prompt]
     sampling: Sequence[SamplingParams]  # one a prompt
     arrived: float  # on trio's clock
+    deadline: float  # on trio's clock; infinite if the client gave no timeout
+    client: str  # who asks, see `request_headers`
 
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.request.n
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
 
     def starts(self) -> list[SequenceStart]:
         """Every sequence that the engine must run, in order of choice index."""
@@ -52,6 +61,8 @@ class Question:
                 sampling=msgspec.structs.replace(sampling, choice=choice),
                 priority=self.request.priority,
                 cache_salt=self.request.cache_salt,
+                client=self.client,
+                deadline=self.deadline,
             )
             for prompt, sampling in zip(self.prompts, self.sampling, strict=True)
             for choice in range(self.request.n)
@@ -76,7 +87,10 @@ def ask(
     id_prefix: str,
     arrived: float,
 ) -> Question:
-    """The question that a checked request and its prompts make. Raises InvalidRequest if they cannot fit."""
+    """The question that a checked request, its headers and its prompts make.
+
+    Raises InvalidRequest if the prompts cannot fit, or a header cannot be understood.
+    """
     text = server.loaded_text()
     num_sequences = len(prompts) * request.n
     if num_sequences > MAX_SEQUENCES:
@@ -84,6 +98,7 @@ def ask(
             f"A request can have at most {MAX_SEQUENCES} answers (prompts times n), got {num_sequences}.", param="n"
         )
     served_names = server.config.model.served_names
+    timeouts = [timeout for timeout in (request.timeout, header_timeout()) if timeout is not None]
     seed = draw_seed()
     sampling = [
         resolve_sampling(
@@ -109,6 +124,8 @@ def ask(
         prompts=prompts,
         sampling=sampling,
         arrived=arrived,
+        deadline=arrived + min(timeouts, default=math.inf),
+        client=client_identity(),
     )
 
 

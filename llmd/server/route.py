@@ -23,6 +23,7 @@ class Route:
     unready: Any = None  # struct of a 503's JSON body, if it is not an error object
     streams: bool = False  # the answer may also be server-sent events
     content_type: str = "application/json"  # of the answer
+    is_open: bool = False  # needs no API key, even where others do
     errors: tuple[int, ...] = ()  # statuses, other than 500, that it may fail with
 
     @property

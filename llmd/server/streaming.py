@@ -4,9 +4,8 @@ from typing import Protocol
 
 import msgspec
 
-from llmd.errors import EngineFailed
-from llmd.server.answer import Delta, answering
-from llmd.server.context import Server
+from llmd.errors import DeadlineExceeded, EngineFailed
+from llmd.server.answer import Answer, Delta
 from llmd.server.error_handlers import error_body
 from llmd.server.openai_responses import Usage
 from llmd.server.question import Question
@@ -29,16 +28,17 @@ class Chunks(Protocol):
         ...
 
 
-async def stream(server: Server, question: Question, chunks: Chunks, send: Send) -> None:
+async def stream(answer: Answer, question: Question, chunks: Chunks, send: Send) -> None:
     """Generate, and send every delta as it comes; what is pending goes out in one write.
 
-    A client that leaves cancels this, and with it all its sequences. An engine's failure becomes an error event.
+    A client that leaves cancels this, and with it all its sequences. An engine's failure becomes an error event, and
+    so does a deadline that passes before the first token.
     """
     options = question.request.stream_options
     include_usage = options is not None and bool(options.include_usage)
     usage_everywhere = include_usage and options is not None and bool(options.continuous_usage_stats)
     try:
-        with answering(server, question) as answer:
+        with answer:
             while not answer.is_over:
                 deltas = await answer.deltas()
                 usage = answer.usage() if usage_everywhere else None
@@ -46,7 +46,7 @@ async def stream(server: Server, question: Question, chunks: Chunks, send: Send)
                     await send(b"".join([chunks.chunk(delta, usage) for delta in deltas]))
             ending = chunks.usage_chunk(answer.usage()) if include_usage else b""
         await send(ending + DONE)
-    except EngineFailed as error:
+    except (EngineFailed, DeadlineExceeded) as error:
         await send(b"data: " + error_body(error) + b"\n\n" + DONE)
 
 

@@ -1,5 +1,6 @@
 """What can be typed, and what it comes to."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ def test_byte_counts(text: str, count: int) -> None:
         ("--block-size", "7"),
         ("--port", "70000"),
         ("--max-num-seqs", "0"),
+        ("--max-num-queued-reqs", "0"),
+        ("--max-num-queued-tokens", "0"),
         ("--dtype", "int4"),
         ("--max-model", "5"),  # no abbreviations
     ],
@@ -109,8 +112,68 @@ def test_a_step_must_hold_every_running_sequence() -> None:
     assert config("--max-num-seqs", "1000").scheduler.max_num_batched_tokens >= 1000
 
 
+def test_keys_leave_the_command_line_as_digests_only(tmp_path: Path) -> None:
+    assert config().http.api_key_digests == ()
+    digests = config("--api-key", "sk-one", "sk-two").http.api_key_digests
+    assert digests == tuple(hashlib.sha256(key).digest() for key in (b"sk-one", b"sk-two"))
+    assert "sk-one" not in repr(config("--api-key", "sk-one"))
+    file = tmp_path / "keys"
+    file.write_text("sk-three\n")
+    assert config("--api-key-file", str(file)).http.api_key_file == str(file)
+
+
+@pytest.mark.parametrize("key", ["", "sk secret", "sk-secrét", "sk-secret\n"])
+def test_what_no_header_can_carry_is_no_key(key: str) -> None:
+    with pytest.raises(StartupFailed, match="key 2") as refused:
+        config("--api-key", "sk-one", key)
+    assert "sk" not in str(refused.value)
+
+
+@pytest.mark.parametrize("line", ["sk secret", "sk-secrét", "sk-secret # of Anna"])
+def test_a_key_file_with_such_a_line_is_refused(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"sk-one\n{line}\n")
+    with pytest.raises(StartupFailed, match="line 2") as refused:
+        config("--api-key-file", str(file))
+    assert "sk" not in str(refused.value)
+
+
+def test_a_key_file_must_be_there_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartupFailed, match="No such file"):
+        config("--api-key-file", str(tmp_path / "missing"))
+    (tmp_path / "empty").write_text("# nobody\n")
+    with pytest.raises(StartupFailed, match="no key"):
+        config("--api-key-file", str(tmp_path / "empty"))
+    with pytest.raises(StartupFailed, match="regular file"):
+        config("--api-key-file", str(tmp_path))
+
+
+def test_origins_are_as_browsers_write_them() -> None:
+    assert config().http.allowed_origins == ()
+    given = ("https://Chat.example.com", "http://[::1]:3000", "tauri://localhost", "*")
+    assert config("--allowed-origins", *given).http.allowed_origins == (
+        *("https://chat.example.com", "http://[::1]:3000", "tauri://localhost", "*"),
+    )
+
+
+@pytest.mark.parametrize("origin", ["", "chat.example.com", "https://a.b/", "https://a.b/c", "null", '["*"]'])
+def test_what_is_no_origin_is_refused(origin: str) -> None:
+    with pytest.raises(StartupFailed, match="not an origin"):
+        config("--allowed-origins", origin)
+
+
+def test_the_queue_is_bounded_and_no_smaller_than_what_runs() -> None:
+    assert config().http.max_num_queued_reqs == 1024
+    assert config().http.max_num_queued_tokens == 1_000_000
+    assert config("--max-num-seqs", "1000").http.max_num_queued_reqs == 4000
+    typed = config("--max-num-queued-reqs", "5", "--max-num-queued-tokens", "2k").http
+    assert (typed.max_num_queued_reqs, typed.max_num_queued_tokens) == (5, 2000)
+
+
 def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["serve", "--help"])
     text = capsys.readouterr().out
-    assert all(f"\n{group}:\n" in text for group in ("model", "device and memory", "scheduling", "HTTP"))
+    assert all(
+        f"\n{group}:\n" in text for group in ("model", "device and memory", "scheduling", "HTTP", "keys and browsers")
+    )

@@ -38,6 +38,7 @@ requests = st.builds(
     ),
     priority=st.integers(-1, 1),
     cache_salt=st.sampled_from(["", "", "", "a"]),
+    client=st.sampled_from(["", "", "a", "b"]),
 )
 
 
@@ -155,6 +156,7 @@ def test_storm(seed: int, prefix_caching: bool) -> None:
                     num_prompt_logprobs=draw.choice([None, None, 0]),
                 ),
                 priority=draw.randint(0, 2),
+                client=draw.choice(["", "a", "b"]),
             )
             for _ in range(draw.choice([1, 1, 4])):
                 drive.add(request, connection=draw.randint(0, 1))

@@ -249,11 +249,12 @@ class Application:
         body: bytes = b"",
         *,
         content_type: str = "",
+        headers: dict[str, str] | None = None,
         gone: trio.Event | None = None,
         reads: trio.Event | None = None,
     ) -> Answered:
         """One request as an ASGI server makes it. `gone`: when it is set, the client has left."""
-        headers = [(b"content-type", content_type.encode())] if content_type else []
+        given = {"host": "test", **({"content-type": content_type} if content_type else {}), **(headers or {})}
         scope = {
             "type": "http",
             "http_version": "1.1",
@@ -264,7 +265,7 @@ class Application:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"host", b"test"), *headers],
+            "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
             "extensions": {},
             "state": {},
         }

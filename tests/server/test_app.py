@@ -15,7 +15,9 @@ from trio.testing import trio_test
 from llmd.config import HttpConfig, ModelConfig, ServerConfig
 from llmd.errors import (
     ContextLengthExceeded,
+    DeadlineExceeded,
     EngineFailed,
+    InvalidApiKey,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
@@ -96,8 +98,10 @@ async def test_request_before_the_model_is_there() -> None:
         (InvalidRequest("m"), 400, "invalid_request_error", None, None),
         (ContextLengthExceeded("m", param="p"), 400, "invalid_request_error", "p", "context_length_exceeded"),
         (ModelNotFound("m"), 404, "invalid_request_error", "model", "model_not_found"),
+        (InvalidApiKey("m"), 401, "invalid_request_error", None, "invalid_api_key"),
         (Overloaded("m", retry_after=2.5), 429, "rate_limit_error", None, "rate_limit_exceeded"),
         (Unavailable("m"), 503, "server_error", None, "engine_overloaded"),
+        (DeadlineExceeded("m"), 408, "invalid_request_error", None, "deadline_exceeded"),
         (EngineFailed("m"), 500, "server_error", None, None),
     ],
 )

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -143,7 +143,27 @@ def test_every_sequence_ends_once_with_what_an_undisturbed_engine_says(num_death
                 await trio.sleep(0.1)
             assert engine.num_started == num_deaths + 1
             assert engine.client.num_open == 0
+            assert engine.client.backlog.num_sequences == engine.client.backlog.num_tokens == 0
             assert ended[FinishReason.LENGTH] > 0
+
+    run(main)
+
+
+def test_a_deadline_frees_every_block_though_nobody_takes_the_events() -> None:
+    async def main() -> None:
+        async with engines() as engine:
+            await engine.client.wait_ready()
+            deadline = trio.current_time()
+            late = [replace(start, deadline=deadline) for number in range(8) for start in starts(number)]
+            with engine.client.generate(late):
+                while engine.client.num_open:
+                    await trio.lowlevel.checkpoint()
+                scheduler = engine.scheduler
+                assert scheduler is not None
+                while scheduler.statistics().num_running + scheduler.statistics().num_waiting:
+                    await trio.lowlevel.checkpoint()
+                assert scheduler.statistics().num_free_blocks == NUM_BLOCKS
+                assert scheduler.statistics().num_output_tokens < sum(start.sampling.max_tokens for start in late)
 
     run(main)
 

@@ -1,0 +1,29 @@
+"""What a request's headers say about its work: who asks, and how long it may take. Knows nothing of the body."""
+
+from quart import request
+
+from llmd.errors import InvalidRequest
+from llmd.server.api_keys import bearer_token, key_digest
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+
+
+def client_identity() -> str:
+    """The same for all requests with the same API key, and "" without one. The key itself cannot be had from it."""
+    key = bearer_token(request.headers.get("Authorization"))
+    return "" if key is None else key_digest(key).hex()[:16]
+
+
+def header_timeout() -> float | None:
+    """The seconds of X-Request-Timeout, if it is there. Raises InvalidRequest if it is no positive number."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        timeout = float(given)
+    except ValueError:
+        timeout = 0.0
+    # a NaN is not greater than zero either
+    if not timeout > 0.0:
+        raise InvalidRequest(f"The header {TIMEOUT_HEADER} must be a number of seconds greater than zero.")
+    return timeout
