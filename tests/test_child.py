@@ -77,9 +77,19 @@ def test_ctrl_c_is_left_to_the_supervisor(supervisor_end: tuple[socket.socket, i
 def test_waiting_until_closed_drops_what_still_comes(supervisor_end: tuple[socket.socket, int]) -> None:
     ours, fd = supervisor_end
     ours.sendall(encode_frame(SystemState(stage=Stage.READY)))
-    ours.close()
+
+    async def wait() -> None:
+        channel = ControlChannel(theirs)
+        # the message alone is not the end
+        with trio.move_on_after(0.05) as still_open:
+            await channel.wait_closed()
+        assert still_open.cancelled_caught
+        ours.close()
+        with trio.fail_after(10):
+            await channel.wait_closed()
+
     with socket.socket(fileno=fd) as theirs:
-        trio.run(ControlChannel(theirs).wait_closed)
+        trio.run(wait)
 
 
 def test_a_child_does_not_outlive_its_parent() -> None:

@@ -23,6 +23,7 @@ class RunningServer:
     process: subprocess.Popen[str]
     url: str = ""
     log: list[str] = field(default_factory=list)
+    logged: threading.Condition = field(default_factory=threading.Condition)
 
     @property
     def base_url(self) -> str:
@@ -39,6 +40,13 @@ class RunningServer:
             if "-m" in arguments and (module := arguments[arguments.index("-m") + 1]) != "llmd":
                 modules[module] = int(pid)
         return modules
+
+    def wait_log(self, text: str, *, occurrences: int) -> None:
+        """Block until so many lines of the log have had this text in them."""
+        with self.logged:
+            assert self.logged.wait_for(lambda: sum(text in line for line in self.log) >= occurrences, START_TIMEOUT), (
+                self.log
+            )
 
     def stop(self) -> int:
         """SIGTERM, and the exit status."""
@@ -65,7 +73,9 @@ def running_server(
     def read_log() -> None:
         assert process.stderr is not None
         for line in process.stderr:
-            server.log.append(line.rstrip("\n"))
+            with server.logged:
+                server.log.append(line.rstrip("\n"))
+                server.logged.notify_all()
             if found := re.search(r"http://\S+", line):
                 server.url = server.url or found[0]
             if re.search(until, line):

@@ -166,11 +166,9 @@ def test_several_deaths_in_a_row(server: RunningServer, undisturbed: list[Any]) 
 
 def test_a_death_while_it_restarts(server: RunningServer, undisturbed: list[Any]) -> None:
     async def kill_again() -> None:
-        # the next worker, as soon as there is one: it has not loaded by then
-        first = server.child_pids().get("llmd.worker")
-        while server.child_pids().get("llmd.worker") in (None, first):
-            await asyncio.sleep(0.01)
-        kill(server, "llmd.worker")
+        # the next worker says what it does before it can do anything
+        await asyncio.to_thread(server.wait_log, "importing torch", occurrences=2)
+        assert kill(server, "llmd.worker")
 
     tasks = []
 

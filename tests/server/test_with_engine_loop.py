@@ -117,7 +117,7 @@ def check(start: SequenceStart, events: list[TokenEvent]) -> None:
 @pytest.mark.parametrize("num_deaths", [0, 1, 4])
 def test_every_sequence_ends_once_with_what_an_undisturbed_engine_says(num_deaths: int) -> None:
     async def main() -> None:
-        async with engines() as engine, trio.open_nursery() as nursery:
+        async with engines() as engine:
             num_events = 0
             ended: Counter[FinishReason | None] = Counter()
 
@@ -137,10 +137,10 @@ def test_every_sequence_ends_once_with_what_an_undisturbed_engine_says(num_death
                     check(start, events)
                     ended[events[-1].finish] += 1
 
-            for number in range(20):
-                nursery.start_soon(ask, number)
-            while ended.total() < 40:
-                await trio.sleep(0.1)
+            async with trio.open_nursery() as nursery:
+                for number in range(20):
+                    nursery.start_soon(ask, number)
+            assert ended.total() == 40
             assert engine.num_started == num_deaths + 1
             assert engine.client.num_open == 0
             assert engine.client.backlog.num_sequences == engine.client.backlog.num_tokens == 0
