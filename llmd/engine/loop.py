@@ -7,13 +7,14 @@ Nobody waits for a server: what it has not read yet is gathered in its outbox, w
 may still produce.
 """
 
+import logging
 import sys
 from itertools import count
 
 import msgspec
 import trio
 
-from llmd.engine.ranks import Ranks
+from llmd.engine.ranks import RankLost, Ranks
 from llmd.engine.scheduler import RequestAlreadyOpen, Scheduler
 from llmd.engine.sequence import ConnectionId
 from llmd.protocol.framing import FrameDecoder, encode_frame
@@ -21,6 +22,7 @@ from llmd.protocol.generation import (
     CancelRequest,
     EngineReady,
     EngineStatistics,
+    FinishReason,
     GenerateRequest,
     ServerToEngine,
     StepEvents,
@@ -28,6 +30,9 @@ from llmd.protocol.generation import (
 )
 
 STATISTICS_INTERVAL = 0.2  # seconds between two reports while steps run
+LAST_WORDS_TIMEOUT = 0.5  # seconds that servers have to take what they have not heard yet, when a rank is lost
+
+_log = logging.getLogger(__name__)
 
 
 class EngineLoop:
@@ -44,10 +49,17 @@ class EngineLoop:
 
     async def run(self) -> None:
         """Run steps until cancelled. Raises RankLost (in an exception group) when a rank is lost."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._ranks.watch)
-            nursery.start_soon(self._plan_steps)
-            nursery.start_soon(self._commit_steps)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._ranks.watch)
+                nursery.start_soon(self._plan_steps)
+                nursery.start_soon(self._commit_steps)
+        except* RankLost:
+            # a server must know who was running, and who had got a token, to suspect the right request
+            with trio.move_on_after(LAST_WORDS_TIMEOUT):
+                for outbox in list(self._outboxes.values()):
+                    await outbox.wait_all_sent()
+            raise
 
     async def serve(self, stream: trio.abc.Stream) -> None:
         """Serve one server until its connection ends, however it ends; then all its requests are cancelled."""
@@ -73,7 +85,7 @@ class EngineLoop:
                 for message in decoder.feed(data):
                     match message:
                         case GenerateRequest():
-                            event = self._scheduler.add(message, connection=connection)
+                            event = self._add(message, connection)
                             if event is not None:
                                 outbox.put_events([event])
                         case CancelRequest():
@@ -84,6 +96,17 @@ class EngineLoop:
         except (msgspec.DecodeError, RequestAlreadyOpen) as error:
             # a server that breaks the protocol loses its connection; the others keep theirs
             print(f"llmd engine: closed the connection of a server: {error}", file=sys.stderr)
+
+    def _add(self, request: GenerateRequest, connection: ConnectionId) -> TokenEvent | None:
+        """Have the scheduler take in a request; if it chokes on it, that is this request's end and nobody else's."""
+        try:
+            return self._scheduler.add(request, connection=connection)
+        except RequestAlreadyOpen:
+            raise
+        except Exception as error:
+            _log.exception("request %d of connection %d could not be taken in", request.request_id, connection)
+            message = f"The engine could not take in this request: {type(error).__name__}. Its log has the details."
+            return TokenEvent(request_id=request.request_id, finish=FinishReason.ERROR, error=message)
 
     async def _send(self, stream: trio.abc.Stream, outbox: "Outbox", connection_scope: trio.CancelScope) -> None:
         try:
@@ -99,6 +122,8 @@ class EngineLoop:
         while True:
             self._changed = trio.Event()
             while (plan := self._scheduler.plan()) is not None:
+                for connection, request_id in self._scheduler.started(plan):
+                    self._outboxes[connection].put_started(request_id)
                 await self._ranks.send(plan)
             if self._scheduler.is_idle and not was_idle:
                 self._scheduler.check()
@@ -129,9 +154,16 @@ class Outbox:
     """What a server must still hear. A server that keeps up gets one frame a step; one that does not gets fewer."""
 
     def __init__(self) -> None:
+        self._started: list[int] = []
         self._events: list[TokenEvent] = []
         self._statistics: EngineStatistics | None = None
         self._filled = trio.Event()
+        self._is_sending = False  # what was taken last
+        self._all_sent = trio.lowlevel.ParkingLot()
+
+    def put_started(self, request_id: int) -> None:
+        self._started.append(request_id)
+        self._filled.set()
 
     def put_events(self, events: list[TokenEvent]) -> None:
         self._events += events
@@ -142,8 +174,17 @@ class Outbox:
         self._filled.set()
 
     async def wait_step_events(self) -> StepEvents:
-        """Wait until there is something, and take all of it."""
+        """Wait until there is something, and take all of it. To be called again once that is sent."""
+        self._is_sending = False
+        if not self._filled.is_set():
+            self._all_sent.unpark_all()
         await self._filled.wait()
-        step_events = StepEvents(events=self._events, statistics=self._statistics)
-        self._events, self._statistics, self._filled = [], None, trio.Event()
+        step_events = StepEvents(started=self._started, events=self._events, statistics=self._statistics)
+        self._started, self._events, self._statistics, self._filled = [], [], None, trio.Event()
+        self._is_sending = True
         return step_events
+
+    async def wait_all_sent(self) -> None:
+        """Wait until nothing is left that the server has not been sent."""
+        while self._filled.is_set() or self._is_sending:
+            await self._all_sent.park()

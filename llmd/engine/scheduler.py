@@ -9,11 +9,13 @@ know the token that the last one drew. Results come to `commit` in the order of 
 
 from bisect import bisect_left, insort
 from collections import deque
+from dataclasses import asdict
 from itertools import count, islice
 from operator import attrgetter
 
 from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.block_pool import BlockPool
+from llmd.engine.counters import Counters
 from llmd.engine.fair_rounds import FairRounds
 from llmd.engine.prefix_cache import PrefixCache, extend_block_hashes
 from llmd.engine.sequence import ConnectionId, Sequence
@@ -50,12 +52,7 @@ class Scheduler:
         self._sequence_ids = count()
         self._step_ids = count()
 
-        self._num_steps = 0
-        self._num_prompt_tokens = 0
-        self._num_output_tokens = 0
-        self._num_preemptions = 0
-        self._prefix_cache_queries = 0
-        self._prefix_cache_hits = 0
+        self._counters = Counters()
 
     @property
     def num_in_flight(self) -> int:
@@ -84,12 +81,13 @@ class Scheduler:
             token_ids=[*request.prompt_token_ids, *request.output_token_ids],
             num_prompt_tokens=num_prompt_tokens,
             max_output_tokens=min(request.sampling.max_tokens, self.max_model_len - num_prompt_tokens),
+            must_be_alone=request.alone,
         )
         if finish := sequence.finish_reason():
             return TokenEvent(request_id=request.request_id, num_cached_tokens=0, finish=finish)
         priority = request.priority if self._limits.policy == "priority" else 0
         fair_round = self._rounds.join(request.client, priority=priority)
-        sequence.order = (priority, fair_round, next(self._arrivals))
+        sequence.order = (not request.alone, priority, fair_round, next(self._arrivals))
         self._open[key] = sequence
         insort(self._waiting, sequence, key=_order)
         return None
@@ -105,14 +103,16 @@ class Scheduler:
             self._close(sequence)
 
     def plan(self) -> StepPlan | None:
-        """The next step; None if there is nothing to run or enough steps are in flight."""
+        """The next step; None if there is nothing to run, or the steps in flight must come back first."""
         if len(self._in_flight) >= self._limits.max_steps_in_flight:
             return None
-        num_preemptions = self._num_preemptions
+        if not self._make_way():
+            return None
+        num_preemptions = self._counters.num_preemptions
         shares = self._share_out()
         new: list[NewSequence] = []
         # blocks that a preemption has just freed are for those that run
-        if self._num_preemptions == num_preemptions:
+        if self._counters.num_preemptions == num_preemptions:
             new = self._admit(shares)
         if not shares:
             return None
@@ -122,6 +122,11 @@ class Scheduler:
         self._in_flight.append(plan)
         return plan
 
+    def started(self, plan: StepPlan) -> list[tuple[ConnectionId, int]]:
+        """(connection, request id) of each of `plan.new`. To be asked before anything else happens to them."""
+        sequences = [self._running[new.sequence_id] for new in plan.new]
+        return [(sequence.connection, sequence.request.request_id) for sequence in sequences]
+
     def commit(self, result: StepResult) -> dict[ConnectionId, list[TokenEvent]]:
         """Take in what the oldest plan in flight produced; returns what each connection must hear.
 
@@ -130,7 +135,7 @@ class Scheduler:
         plan = self._in_flight.popleft()
         if result.step_id != plan.step_id:
             raise ValueError(f"expected the result of step {plan.step_id}, not of step {result.step_id}")
-        self._num_steps += 1
+        self._counters.count_step(sum(step.num_tokens for step in plan.sequences))
         results = {sequence_result.sequence_id: sequence_result for sequence_result in result.results}
         events: dict[ConnectionId, list[TokenEvent]] = {}
         for step in plan.sequences:
@@ -147,12 +152,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_blocks=self._blocks.num_blocks,
             num_free_blocks=self._blocks.num_free,
-            num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
-            num_preemptions=self._num_preemptions,
-            prefix_cache_queries=self._prefix_cache_queries,
-            prefix_cache_hits=self._prefix_cache_hits,
+            **asdict(self._counters),
         )
 
     def check(self) -> None:
@@ -170,6 +170,20 @@ class Scheduler:
                 f"{num_prompt_tokens}, which leaves no room for an answer. Shorten the prompt."
             )
         return None
+
+    def _make_way(self) -> bool:
+        """If the next to begin must be alone, have nobody else run. False while others have steps in flight."""
+        if self._is_taken() or not (self._waiting and self._waiting[0].must_be_alone):
+            return True
+        if self._in_flight:
+            return False
+        for sequence in list(self._running.values()):
+            self._preempt(sequence)
+        return True
+
+    def _is_taken(self) -> bool:
+        """Whether a sequence runs that must be alone. Then it is the only one."""
+        return any(sequence.must_be_alone for sequence in islice(self._running.values(), 1))
 
     def _share_out(self) -> dict[Sequence, int]:
         """How many tokens each running sequence gets in this step, with the blocks for them.
@@ -212,7 +226,7 @@ class Scheduler:
         """Back to the queue: its tokens are computed anew when there is room, those that the cache lost meanwhile."""
         self._stop_running(sequence)
         insort(self._waiting, sequence, key=_order)
-        self._num_preemptions += 1
+        self._counters.num_preemptions += 1
 
     def _admit(self, shares: dict[Sequence, int]) -> list[NewSequence]:
         """Let waiting sequences run with what is left of the budget, in order; adds to `shares`."""
@@ -220,6 +234,8 @@ class Scheduler:
         budget = self._limits.max_num_batched_tokens - sum(shares.values())
         position = 0
         while budget > 0 and position < len(self._waiting) and len(self._running) < self._limits.max_num_seqs:
+            if self._is_taken():
+                break
             sequence = self._waiting[position]
             cached_ids, is_expected = self._look_up(sequence)
             if is_expected:
@@ -258,14 +274,14 @@ class Scheduler:
         num_cached_tokens = len(cached_ids) * self._block_size
         sequence.start(sequence_id, cached_ids=cached_ids, taken_ids=taken_ids, num_cached_tokens=num_cached_tokens)
         self._running[sequence_id] = sequence
-        priority, fair_round, _ = sequence.order
+        _, priority, fair_round, _ = sequence.order
         self._rounds.begin(sequence.request.client, priority=priority, joined=fair_round)
         self._prefix_cache.expect(islice(sequence.block_hashes, len(cached_ids), None), sequence_id=sequence_id)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(num_cached_tokens, sequence.num_prompt_tokens)
             if self._prefix_caching and not sequence.wants_prompt_logprobs:
-                self._prefix_cache_queries += sequence.num_known
-                self._prefix_cache_hits += num_cached_tokens
+                self._counters.prefix_cache_queries += sequence.num_known
+                self._counters.prefix_cache_hits += num_cached_tokens
         return sequence.to_new_sequence(sequence_id)
 
     def _plan_sequence(self, sequence: Sequence, num_tokens: int) -> SequenceStep:
@@ -284,7 +300,7 @@ class Scheduler:
         """Take in one sequence's part of a step; returns what its client must hear, if anything."""
         end = step.start + step.num_tokens
         sequence.num_computed = end
-        self._num_prompt_tokens += max(min(end, sequence.num_prompt_tokens) - step.start, 0)
+        self._counters.num_prompt_tokens += max(min(end, sequence.num_prompt_tokens) - step.start, 0)
         if result is not None:
             sequence.prompt_logprobs += result.prompt_logprobs
         token_ids = []
@@ -294,7 +310,8 @@ class Scheduler:
             token_ids.append(result.token_id)
             sequence.token_ids.append(result.token_id)
             sequence.num_samples_in_flight -= 1
-            self._num_output_tokens += 1
+            self._counters.num_output_tokens += 1
+            self._clear(sequence)
         self._publish(sequence)
         finish = sequence.finish_reason()
         if not token_ids and finish is None:
@@ -312,6 +329,12 @@ class Scheduler:
         if finish is not None:
             self._close(sequence)
         return event
+
+    def _clear(self, sequence: Sequence) -> None:
+        """It has drawn a token and nothing broke: from now on it is one of many."""
+        if sequence.must_be_alone:
+            sequence.must_be_alone = False
+            sequence.order = (True, *sequence.order[1:])
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the full blocks that were completed to others."""
@@ -339,7 +362,7 @@ class Scheduler:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
         else:
             self._stop_running(sequence)
-        priority, fair_round, _ = sequence.order
+        _, priority, fair_round, _ = sequence.order
         self._rounds.end(sequence.request.client, priority=priority, joined=fair_round)
 
     def _stop_running(self, sequence: Sequence) -> None:

@@ -35,8 +35,8 @@ class Sequence:
     token_ids: list[int]  # prompt and output so far
     num_prompt_tokens: int
     max_output_tokens: int  # what the request and the context allow
-    # (priority, fair round, arrival): the smaller is served first and preempted last; set once it is taken in
-    order: tuple[int, int, int] = (0, 0, 0)
+    # (not alone, priority, fair round, arrival): the smaller is served first and preempted last; set once it is taken in
+    order: tuple[bool, int, int, int] = (True, 0, 0, 0)
 
     # The state of one admission, set by `start`; while it waits it has no sequence id and no blocks.
     sequence_id: int | None = None  # by which the ranks know it
@@ -52,6 +52,7 @@ class Sequence:
     block_hashes: list[BlockHash] = field(default_factory=list)  # of full blocks of known tokens
     num_cached_tokens: int | None = None  # prompt tokens that the prefix cache held at the first admission
     has_reported: bool = False  # its first event is out
+    must_be_alone: bool = False  # nobody may run beside it: asked for, and it has drawn nothing yet
 
     @property
     def num_known(self) -> int:

@@ -5,6 +5,9 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+# tokens a step may run, as the upper bounds of the buckets of `EngineStatistics.step_tokens`; beyond them is one more
+STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class FinishReason(StrEnum):
     STOP = "stop"  # a stop token, which is the event's last token
@@ -53,6 +56,7 @@ class GenerateRequest(Struct, frozen=True, kw_only=True, tag=True, omit_defaults
     priority: int = 0  # lower is earlier
     cache_salt: str = ""  # prefixes are shared only between equal salts
     client: str = ""  # who asks: waiting requests of equal priority are shared out fairly between clients
+    alone: bool = False  # it may be what kills engines: nobody runs beside it until it has drawn a token
 
 
 class CancelRequest(Struct, frozen=True, tag=True):
@@ -84,6 +88,8 @@ class EngineStatistics(Struct, frozen=True, kw_only=True):
     num_preemptions: int
     prefix_cache_queries: int  # tokens looked up
     prefix_cache_hits: int  # tokens found
+    step_tokens: list[int]  # steps by the tokens they ran: one count for each of STEP_TOKENS_BUCKETS, and the rest
+    step_tokens_sum: int  # tokens run by all steps
 
 
 class EngineReady(Struct, frozen=True, kw_only=True, tag=True):
@@ -98,6 +104,7 @@ class EngineReady(Struct, frozen=True, kw_only=True, tag=True):
 class StepEvents(Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
     """One frame a step for all requests of a connection. `events` may be empty when only statistics changed."""
 
+    started: list[int] = []  # request ids that begin to run (again); told before the ranks get the step
     events: list[TokenEvent] = []
     statistics: EngineStatistics | None = None
 

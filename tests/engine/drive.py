@@ -25,6 +25,10 @@ class OpenRequest:
     request: GenerateRequest
     events: list[TokenEvent] = field(default_factory=list)
 
+    @property
+    def must_be_alone(self) -> bool:
+        return self.request.alone and not self.events
+
 
 class Drive:
     def __init__(
@@ -38,6 +42,7 @@ class Drive:
         self.rank = FakeRank(cache.block_size, num_blocks=num_blocks, vocab_size=VOCAB_SIZE)
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.open: dict[Key, OpenRequest] = {}
+        self.keys: dict[int, Key] = {}  # by sequence id
 
     @property
     def statistics(self) -> EngineStatistics:
@@ -86,6 +91,8 @@ class Drive:
             return None
         assert len(self.in_flight) < self.limits.max_steps_in_flight
         assert 0 < sum(step.num_tokens for step in plan.sequences) <= self.limits.max_num_batched_tokens
+        self._check_started(plan)
+        self._check_alone(plan)
         self.in_flight.append((plan, self.rank.execute(plan)))
         assert self.rank.num_sequences <= self.limits.max_num_seqs
         self.check_blocks()
@@ -145,6 +152,26 @@ class Drive:
         heard.append(event)
         if event.finish is not None:
             del self.open[key]
+
+    def _check_started(self, plan: StepPlan) -> None:
+        """Who begins to run is told, and is open."""
+        for new, key in zip(plan.new, self.scheduler.started(plan), strict=True):
+            request = self.open[key].request
+            assert new.token_ids[: new.num_prompt_tokens] == request.prompt_token_ids
+            self.keys[new.sequence_id] = key
+
+    def _check_alone(self, plan: StepPlan) -> None:
+        """While there is a sequence that must be alone, such a one runs, and nobody else in any step in flight."""
+        alone = {key for key, opened in self.open.items() if opened.must_be_alone}
+        if not alone:
+            return
+        now, *in_flight = [
+            {self.keys[step.sequence_id] for step in each.sequences}
+            for each in (plan, *(earlier for earlier, _ in self.in_flight))
+        ]
+        assert len(now) == 1
+        assert now <= alone
+        assert all(keys == now for keys in in_flight)
 
     def _check_first_event(self, request: GenerateRequest, event: TokenEvent, *, is_first: bool) -> None:
         prompt = request.prompt_token_ids

@@ -39,6 +39,7 @@ requests = st.builds(
     priority=st.integers(-1, 1),
     cache_salt=st.sampled_from(["", "", "", "a"]),
     client=st.sampled_from(["", "", "a", "b"]),
+    alone=st.sampled_from([False, False, False, True]),
 )
 
 
@@ -157,6 +158,7 @@ def test_storm(seed: int, prefix_caching: bool) -> None:
                 ),
                 priority=draw.randint(0, 2),
                 client=draw.choice(["", "a", "b"]),
+                alone=draw.random() < 0.05,
             )
             for _ in range(draw.choice([1, 1, 4])):
                 drive.add(request, connection=draw.randint(0, 1))

@@ -250,6 +250,7 @@ async def test_engine_figures_have_vllms_names() -> None:
     server.engine.statistics = EngineStatistics(
         num_running=3, num_waiting=2, num_blocks=64, num_free_blocks=16, num_steps=9, num_prompt_tokens=100,
         num_output_tokens=50, num_preemptions=1, prefix_cache_queries=80, prefix_cache_hits=48,
+        step_tokens=[], step_tokens_sum=0,
     )  # fmt: skip
     found = await samples(server)
     ours = {name: values[OURS] for name, values in found.items() if OURS in values}
