@@ -2,7 +2,7 @@
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -158,10 +158,30 @@ class FakeRank:
         return copy.block_ids[position // self._block_size], position % self._block_size
 
 
+class RankDied(Exception):
+    """The process of a `FatalRank` is gone in the middle of a step."""
+
+
+class FatalRank(FakeRank):
+    """Dies of some rows, as a worker does of a bug in a kernel: those for whose context, the last token run included,
+    `is_fatal` holds."""
+
+    def __init__(
+        self, block_size: int, *, is_fatal: Callable[[list[int]], bool], num_blocks: int | None = None
+    ) -> None:
+        super().__init__(block_size, num_blocks=num_blocks)
+        self._is_fatal = is_fatal
+
+    def _answer(self, step: SequenceStep) -> SequenceResult | None:
+        if self._is_fatal(self._copies[step.sequence_id].token_ids[: step.start + step.num_tokens]):
+            raise RankDied
+        return super()._answer(step)
+
+
 async def serve_fake_rank(
     stream: trio.abc.Stream, rank: FakeRank, *, num_blocks: int, max_model_len: int, index: int = 0
 ) -> None:
-    """Be a rank's process on `stream`, until the engine closes it."""
+    """Be a rank's process on `stream`, until the engine closes it or the rank dies."""
     decoder: FrameDecoder[StepPlan] = FrameDecoder(StepPlan)
     async with stream:
         await stream.send_all(
@@ -171,4 +191,8 @@ async def serve_fake_rank(
         )
         async for data in stream:
             for plan in decoder.feed(data):
-                await stream.send_all(encode_frame(rank.execute(plan)))
+                try:
+                    result = rank.execute(plan)
+                except RankDied:
+                    return
+                await stream.send_all(encode_frame(result))

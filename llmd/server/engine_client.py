@@ -27,16 +27,13 @@ from llmd.protocol.generation import (
     TokenEvent,
 )
 from llmd.server.admission import Backlog
+from llmd.server.suspicion import Suspicion
 
 Item = TypeVar("Item")
 Connect = Callable[[str], Awaitable[trio.abc.Stream]]
 
 FIRST_RETRY = 0.05  # seconds
 LAST_RETRY = 1.0
-
-# So many engines get a sequence without giving it a token: it may be what kills them. Not fewer, since one that only
-# waits its turn gets no token either.
-MAX_FRUITLESS = 5
 
 
 class Mailbox(Generic[Item]):
@@ -86,11 +83,13 @@ class _OpenSequence:
     index: int
     start: SequenceStart
     events: Mailbox[IndexedEvent]
+    arrived: float  # on trio's clock, as all times here
     request_id: int = -1  # of the latest submission
     output_token_ids: list[int] = field(default_factory=list)
     waits: bool = True  # it counts in the backlog
     heard: bool = False  # its first event came, and with it what is told once only
-    num_fruitless: int = 0  # submissions since the last token
+    started_at: float | None = None  # when an engine first began to run it
+    suspicion: Suspicion = field(default_factory=Suspicion)
 
     def request(self) -> GenerateRequest:
         sampling = self.start.sampling
@@ -104,13 +103,15 @@ class _OpenSequence:
             priority=self.start.priority,
             cache_salt=self.start.cache_salt,
             client=self.start.client,
+            alone=self.suspicion.must_be_alone,
         )
 
     def take_in(self, event: TokenEvent) -> None:
         if self.heard and (event.prompt_logprobs is not None or event.num_cached_tokens is not None):
             event = msgspec.structs.replace(event, prompt_logprobs=None, num_cached_tokens=None)
         self.heard = True
-        self.num_fruitless = 0
+        if event.token_ids:
+            self.suspicion.note_token()
         self.output_token_ids += event.token_ids
         self.events.put((self.index, event))
 
@@ -143,6 +144,10 @@ class Generation:
         """The events that are there already."""
         return self._events.take_pending()
 
+    def started_at(self, index: int) -> float | None:
+        """When an engine first began to run this sequence, on trio's clock; None while it has not."""
+        return self._sequences[index].started_at
+
     def cancel(self, index: int) -> None:
         """Stop one sequence early. Events of it that are pending already still come."""
         self._engine._close(self._sequences[index])
@@ -166,6 +171,8 @@ class EngineClient:
         self._open: dict[int, _OpenSequence] = {}
         self._outbox: Mailbox[bytes] = Mailbox()
         self._became_ready = trio.Event()
+        self._had_progress = False  # the engine of now has given somebody a token
+        self.num_resumed = 0  # sequences handed to one more engine
         self.ready: EngineReady | None = None
         self.statistics: EngineStatistics | None = None
         self.backlog = Backlog()
@@ -175,6 +182,10 @@ class EngineClient:
         """Sequences that have not ended."""
         return len(self._open)
 
+    def waiting_since(self) -> float | None:
+        """When the oldest sequence came that has no token yet, on trio's clock; None if there is none."""
+        return min((sequence.arrived for sequence in self._open.values() if sequence.waits), default=None)
+
     async def wait_ready(self) -> EngineReady:
         while self.ready is None:
             await self._became_ready.wait()
@@ -183,7 +194,8 @@ class EngineClient:
     def generate(self, starts: Sequence[SequenceStart]) -> Generation:
         """Run these sequences, from now on. Use it as a block: leaving it cancels what has not ended."""
         events: Mailbox[IndexedEvent] = Mailbox()
-        sequences = [_OpenSequence(index, start, events) for index, start in enumerate(starts)]
+        now = trio.current_time()
+        sequences = [_OpenSequence(index, start, events, arrived=now) for index, start in enumerate(starts)]
         for sequence in sequences:
             self.backlog.enter(len(sequence.start.prompt_token_ids))
             self._submit(sequence)
@@ -192,8 +204,7 @@ class EngineClient:
     def fail_all(self, message: str) -> None:
         """End every open sequence with an error: the engine will not come back."""
         for sequence in list(self._open.values()):
-            self._close(sequence)
-            sequence.fail(message)
+            self._fail(sequence, message)
 
     async def run(self) -> None:
         """Connect, converse, connect again; until cancelled."""
@@ -213,6 +224,7 @@ class EngineClient:
         """One connection until it is lost. True if the engine became ready on it."""
         # what was queued for the last engine means nothing to this one
         self._outbox = Mailbox()
+        self._had_progress = False
         try:
             async with stream, trio.open_nursery() as nursery:
                 nursery.start_soon(self._write, stream, self._outbox)
@@ -222,6 +234,8 @@ class EngineClient:
             was_ready, self.ready = self.ready is not None, None
             if was_ready:
                 self._became_ready = trio.Event()
+        if was_ready:
+            self._note_death()
         return was_ready
 
     async def _write(self, stream: trio.abc.SendStream, outbox: Mailbox[bytes]) -> None:
@@ -249,29 +263,42 @@ class EngineClient:
             case StepEvents():
                 if message.statistics is not None:
                     self.statistics = message.statistics
+                for request_id in message.started:
+                    self._note_started(request_id)
                 for event in message.events:
                     self._deliver(event)
 
     def _submit_open(self) -> None:
-        """Give a new engine all that the last ones left."""
-        sequences = list(self._open.values())
+        """Give a new engine all that the last ones left, the most suspect first: see `suspicion`."""
+        sequences = sorted(self._open.values(), key=lambda sequence: -sequence.suspicion.num_deaths)
         self._open.clear()
         for sequence in sequences:
-            if sequence.num_fruitless < MAX_FRUITLESS:
-                self._submit(sequence)
-            else:
-                self._leave_backlog(sequence)
-                sequence.fail(f"The engine has died {MAX_FRUITLESS} times while it had this request.")
+            self._submit(sequence)
 
     def _submit(self, sequence: _OpenSequence) -> None:
         """Under a new id, now or as soon as there is an engine."""
         sequence.request_id = next(self._request_ids)
         self._open[sequence.request_id] = sequence
         if self.ready is not None:
-            sequence.num_fruitless += 1
+            self.num_resumed += sequence.suspicion.num_engines > 0
+            sequence.suspicion.note_submitted()
             self._outbox.put(encode_frame(sequence.request()))
 
+    def _note_started(self, request_id: int) -> None:
+        if sequence := self._open.get(request_id):
+            sequence.suspicion.is_running = True
+            if sequence.started_at is None:
+                sequence.started_at = trio.current_time()
+
+    def _note_death(self) -> None:
+        """The engine is lost: who ran there is suspect, and who is surely guilty ends."""
+        for sequence in list(self._open.values()):
+            sequence.suspicion.note_death(had_progress=self._had_progress)
+            if verdict := sequence.suspicion.verdict():
+                self._fail(sequence, verdict)
+
     def _deliver(self, event: TokenEvent) -> None:
+        self._had_progress = self._had_progress or bool(event.token_ids)
         sequence = self._open.get(event.request_id)
         if sequence is None:
             return  # cancelled while the event was on its way
@@ -289,6 +316,10 @@ class EngineClient:
         if sequence.waits:
             sequence.waits = False
             self.backlog.leave(len(sequence.start.prompt_token_ids))
+
+    def _fail(self, sequence: _OpenSequence, message: str) -> None:
+        self._close(sequence)
+        sequence.fail(message)
 
     def _close(self, sequence: _OpenSequence) -> None:
         self._leave_backlog(sequence)

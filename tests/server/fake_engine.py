@@ -121,6 +121,7 @@ class FakeEngine:
                         assert request_id not in self.open
                         self.received.append(message)
                         if self.die_when_asked:
+                            await stream.send_all(encode_frame(StepEvents(started=[request_id])))
                             return
                         self.open[request_id] = message
                     case CancelRequest(request_id=request_id):
@@ -130,12 +131,15 @@ class FakeEngine:
 
     async def _answer(self, stream: trio.abc.Stream, connection: trio.CancelScope) -> None:
         given: dict[int, int] = {}  # tokens, by request id
+        told: set[int] = set()  # request ids that have started
         events_until_death = self.die_after.pop(0) if self.die_after else None
         while True:
             async with self.changed:
                 while not (events := self._next_events(given)):
                     await self.changed.wait()
-            await stream.send_all(encode_frame(StepEvents(events=events)))
+            started = [event.request_id for event in events if event.request_id not in told]
+            told.update(started)
+            await stream.send_all(encode_frame(StepEvents(started=started, events=events)))
             await self._notify()
             if events_until_death is not None:
                 events_until_death -= len(events)
