@@ -16,18 +16,24 @@ from llmd.server.engine_client import EngineClient, SequenceStart
 from tests.fakes import FatalRank, expected_completion, serve_fake_rank, token_logprobs
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN = 24, 4, 64
+NARROW = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16)
 
 
 class Engines:
     """One engine after another. `client` is the first of `num_clients` servers' clients."""
 
-    def __init__(self, *, is_fatal: Callable[[list[int]], bool], num_clients: int) -> None:
+    def __init__(
+        self, *, is_fatal: Callable[[list[int]], bool], num_clients: int, num_blocks: int, limits: SchedulerConfig
+    ) -> None:
         self.clients = [EngineClient("engine.sock", connect=self.connect) for _ in range(num_clients)]
         self.client = self.clients[0]
         self.scheduler: Scheduler | None = None
         self.num_started = 0
+        self.num_rank_deaths = 0
         self.num_still_births = 0  # connections to come that end before the engine is ready
         self._is_fatal = is_fatal
+        self._num_blocks = num_blocks
+        self._limits = limits
         self._loop: EngineLoop | None = None
         self._nursery: trio.Nursery | None = None
 
@@ -48,25 +54,25 @@ class Engines:
             try:
                 await self._live_once()
             except* RankLost:
-                pass
+                self.num_rank_deaths += 1
             finally:
                 self._loop = self._nursery = None
 
     async def _live_once(self) -> None:
         async with trio.open_nursery() as nursery:
             engine_end, rank_end = trio.testing.memory_stream_pair()
-            rank = FatalRank(BLOCK_SIZE, is_fatal=self._is_fatal, num_blocks=NUM_BLOCKS)
-            serve_rank = partial(serve_fake_rank, num_blocks=NUM_BLOCKS, max_model_len=MAX_MODEL_LEN)
+            rank = FatalRank(BLOCK_SIZE, is_fatal=self._is_fatal, num_blocks=self._num_blocks)
+            serve_rank = partial(serve_fake_rank, num_blocks=self._num_blocks, max_model_len=MAX_MODEL_LEN)
             nursery.start_soon(serve_rank, rank_end, rank)
             ranks = await connect_ranks([engine_end])
             self.scheduler = Scheduler(
                 CacheConfig(block_size=BLOCK_SIZE),
-                SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16),
+                self._limits,
                 num_blocks=ranks.num_blocks,
                 max_model_len=ranks.max_model_len,
             )
             ready = EngineReady(
-                max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, vocab_size=264
+                max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, num_blocks=ranks.num_blocks, vocab_size=264
             )
             self._loop, self._nursery = EngineLoop(self.scheduler, ranks, ready=ready), nursery
             self.num_started += 1
@@ -79,10 +85,14 @@ class Engines:
 
 @asynccontextmanager
 async def engines(
-    *, is_fatal: Callable[[list[int]], bool] = lambda _: False, num_clients: int = 1
+    *,
+    is_fatal: Callable[[list[int]], bool] = lambda _: False,
+    num_clients: int = 1,
+    num_blocks: int = NUM_BLOCKS,
+    limits: SchedulerConfig = NARROW,
 ) -> AsyncIterator[Engines]:
     """Engines, and clients that run. On leaving, no client may have anything open or waiting."""
-    made = Engines(is_fatal=is_fatal, num_clients=num_clients)
+    made = Engines(is_fatal=is_fatal, num_clients=num_clients, num_blocks=num_blocks, limits=limits)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(made.live)
         for client in made.clients:
