@@ -35,7 +35,7 @@ class Sequence:
     token_ids: list[int]  # prompt and output so far
     num_prompt_tokens: int
     max_output_tokens: int  # what the request and the context allow
-    # (not alone, priority, fair round, arrival): the smaller is served first and preempted last; set once it is taken in
+    # (not alone, priority, fair round, arrival): the smaller is served first and preempted last; set when taken in
     order: tuple[bool, int, int, int] = (True, 0, 0, 0)
 
     # The state of one admission, set by `start`; while it waits it has no sequence id and no blocks.

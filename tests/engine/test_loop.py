@@ -13,8 +13,10 @@ from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.loop import EngineLoop
 from llmd.engine.ranks import RankLost, connect_ranks
 from llmd.engine.scheduler import Scheduler
+from llmd.engine.sequence import ConnectionId
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import (
+    STEP_TOKENS_BUCKETS,
     CancelRequest,
     EngineReady,
     EngineStatistics,
@@ -88,7 +90,7 @@ class Engine:
 
 
 @asynccontextmanager
-async def running_engine(*, num_ranks: int = 1) -> AsyncIterator[Engine]:
+async def running_engine(*, num_ranks: int = 1, scheduler_type: type[Scheduler] = Scheduler) -> AsyncIterator[Engine]:
     """An engine whose ranks have just said that they are ready; the test plays them."""
     pairs = [trio.testing.memory_stream_pair() for _ in range(num_ranks)]
     for rank, (theirs, _) in enumerate(pairs):
@@ -98,7 +100,7 @@ async def running_engine(*, num_ranks: int = 1) -> AsyncIterator[Engine]:
             )
         )
     ranks = await connect_ranks([ours for _, ours in pairs])
-    scheduler = Scheduler(
+    scheduler = scheduler_type(
         CacheConfig(block_size=BLOCK_SIZE),
         SchedulerConfig(),
         num_blocks=ranks.num_blocks,
@@ -375,6 +377,109 @@ def test_a_rank_that_fails_while_loading_is_reported() -> None:
     with pytest.raises(BaseExceptionGroup) as caught:
         run(test)
     assert caught.group_contains(RankLost, match="no such file")
+
+
+def test_who_begins_to_run_is_told_before_there_is_any_result() -> None:
+    async def test() -> None:
+        async with running_engine() as engine:
+            servers = [engine.connect(), engine.connect()]
+            await servers[0].send(generate(5, [1], 3), generate(6, [2], 3))
+            await trio.testing.wait_all_tasks_blocked()
+            await servers[1].send(generate(5, [3], 3))
+            # no rank answers yet
+            while not any(frame.started for frame in servers[0].frames):
+                await servers[0].read()
+            assert [frame.started for frame in servers[0].frames if frame.started] == [[5, 6]]
+            engine.nursery.start_soon(answer_plans, engine.ranks[0], FakeRank(BLOCK_SIZE))
+            await servers[1].read_until_end(5)
+            started = [position for position, frame in enumerate(servers[1].frames) if frame.started == [5]]
+            first_token = min(position for position, frame in enumerate(servers[1].frames) if frame.events)
+            assert len(started) == 1
+            assert started[0] <= first_token
+
+    run(test)
+
+
+def test_what_servers_must_hear_is_sent_before_a_lost_rank_ends_the_engine() -> None:
+    heard: list[StepEvents] = []
+
+    async def test() -> None:
+        async with running_engine() as engine, trio.open_nursery() as nursery:
+            # a stream without any room: sending to it waits until the other end reads
+            ours, theirs = trio.testing.lockstep_stream_pair()
+            engine.nursery.start_soon(engine.loop.serve, theirs)
+            server = Server(ours)
+            await server.send(generate(1, [1, 2], 5))
+            plans = list(FrameDecoder[StepPlan](StepPlan).feed(await engine.ranks[0].receive_some()))
+            # the rank dies of the second step, and the server has not read a thing so far
+            await engine.ranks[0].send_all(encode_frame(FakeRank(BLOCK_SIZE).execute(plans[0])))
+            await trio.testing.wait_all_tasks_blocked()
+            await engine.ranks[0].aclose()
+            await trio.testing.wait_all_tasks_blocked()
+
+            async def read_all() -> None:
+                while data := await ours.receive_some():
+                    heard.extend(message for message in server.decoder.feed(data) if isinstance(message, StepEvents))
+
+            nursery.start_soon(read_all)
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        run(test)
+    assert caught.group_contains(RankLost)
+    assert [request_id for frame in heard for request_id in frame.started] == [1]
+    expected = expected_completion(generate(1, [1, 2], 1)).token_ids
+    assert [token_id for frame in heard for event in frame.events for token_id in event.token_ids] == expected
+
+
+class ChokingScheduler(Scheduler):
+    """Has a bug that one request finds."""
+
+    def add(self, request: GenerateRequest, *, connection: ConnectionId) -> TokenEvent | None:
+        if request.prompt_token_ids == [13]:
+            raise ZeroDivisionError("unlucky")
+        return super().add(request, connection=connection)
+
+
+def test_a_request_that_the_engine_chokes_on_ends_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with running_engine(scheduler_type=ChokingScheduler) as engine:
+            engine.nursery.start_soon(answer_plans, engine.ranks[0], FakeRank(BLOCK_SIZE))
+            server = engine.connect()
+            good = generate(2, [1, 2, 3], 6)
+            await server.send(generate(1, [13], 5), good)
+            assert await server.read_until_end(2) == expected_completion(good)
+            (event,) = server.events(1)
+            assert event.finish is FinishReason.ERROR
+            assert "could not take in this request: ZeroDivisionError" in (event.error or "")
+            # its id is free again
+            again = generate(1, [7], 3)
+            await server.send(again)
+            while len(server.events(1)) < 4:
+                await server.read()
+            assert engine.statistics().num_free_blocks == NUM_BLOCKS
+
+    run(test)
+    assert "unlucky" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_statistics_tell_the_sizes_of_steps() -> None:
+    async def test() -> None:
+        async with running_engine() as engine:
+            engine.nursery.start_soon(answer_plans, engine.ranks[0], FakeRank(BLOCK_SIZE))
+            server = engine.connect()
+            await server.send(generate(1, [1] * 9, 3))
+            await server.read_until_end(1)
+            await server.send(generate(2, [2] * 100, 1))
+            await server.read_until_end(2)
+            while (statistics := server.statistics()) is None or statistics.step_tokens_sum < 111:
+                await server.read()
+            # 9, 1 and 1 tokens, and 100
+            by_bound = dict(zip((*STEP_TOKENS_BUCKETS, "more"), statistics.step_tokens, strict=True))
+            assert {bound: number for bound, number in by_bound.items() if number} == {1: 2, 16: 1, 128: 1}
+            assert sum(statistics.step_tokens) == statistics.num_steps == 4
+
+    run(test)
 
 
 def test_a_result_of_another_step_is_refused() -> None:

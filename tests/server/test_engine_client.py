@@ -290,6 +290,10 @@ def test_a_request_that_kills_every_engine_is_given_up(tiny_model_dir: Path) -> 
             assert "died 3 times" in answer["error"]["message"]
             assert "on this request alone, so it is not tried again" in answer["error"]["message"]
             assert [request.alone for request in app.engine.received] == [False, False, True]
+            await app.server.engine.wait_ready()
+            events = await app.stream_chat()
+            assert events[-1]["error"] == answer["error"]
+            assert len(app.engine.received) == 6
 
     run(main)
 

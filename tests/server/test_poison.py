@@ -21,7 +21,7 @@ from llmd.protocol.generation import (
 from llmd.server.engine_client import EngineClient, Generation, SequenceStart
 from llmd.server.suspicion import MAX_ENGINES
 from tests.fakes import VOCAB_SIZE, expected_completion
-from tests.server.engines import MAX_MODEL_LEN, Engines, check, engines
+from tests.server.engines import Engines, check, engines
 from tests.server.fake_engine import run
 
 # in the prompt of a poison; the fake model never draws it
@@ -280,6 +280,53 @@ def test_a_request_that_no_engine_finishes_ends_at_last() -> None:
             assert len(received) == MAX_ENGINES
             assert not any(request.alone for request in received)
             nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_the_most_suspect_is_the_first_thing_that_the_next_engine_does() -> None:
+    """Engines with some progress prove nothing; so that something does, the suspect must not come second for ever."""
+    # of each life: the positions of those that begin to run, and then of those that get a token
+    lives = [([0, 1, 2], [0]), ([0, 1, 2], [0]), ([1, 2], [1])]
+
+    async def main() -> None:
+        received: list[list[GenerateRequest]] = []
+
+        async def be_an_engine(stream: trio.abc.Stream) -> None:
+            async with stream:
+                ready = EngineReady(max_model_len=9, block_size=1, num_blocks=9, vocab_size=264)
+                await stream.send_all(encode_frame(ready))
+                decoder: FrameDecoder[ServerToEngine] = FrameDecoder(ServerToEngine)
+                messages = decoder.feed(await stream.receive_some())
+                requests = [message for message in messages if isinstance(message, GenerateRequest)]
+                received.append(requests)
+                ids = {request.sampling.seed: request.request_id for request in requests}
+                started, drew = lives[len(received) - 1] if len(received) <= len(lives) else ([2], [])
+                events = [TokenEvent(request_id=ids[seed], token_ids=[1]) for seed in drew]
+                await stream.send_all(encode_frame(StepEvents(started=[ids[seed] for seed in started], events=events)))
+
+        async def connect(path: str) -> trio.abc.Stream:
+            ours, theirs = trio.testing.memory_stream_pair()
+            nursery.start_soon(be_an_engine, theirs)
+            return ours
+
+        client = EngineClient("engine.sock", connect=connect)
+        starts = [SequenceStart([1], SamplingParams(max_tokens=9, seed=seed)) for seed in range(3)]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.run)
+            with client.generate(starts) as generation:
+                while not (ended := [item for item in await generation.take() if item[1].finish]):
+                    pass
+            nursery.cancel_scope.cancel()
+        orders = [[(request.sampling.seed, request.alone) for request in requests] for requests in received]
+        assert orders == [
+            [(0, False), (1, False), (2, False)],
+            [(0, False), (1, False), (2, False)],
+            [(1, True), (2, True), (0, False)],
+            # it has died alone, but after another one had got a token: that might have been anything
+            [(2, True), (1, False), (0, False)],
+        ]
+        assert [(index, event.error) for index, event in ended] == [(2, f"The engine died 4 {ALONE}")]
 
     run(main)
 
