@@ -286,7 +286,7 @@ class EngineClient:
 
     def _note_started(self, request_id: int) -> None:
         if sequence := self._open.get(request_id):
-            sequence.suspicion.is_running = True
+            sequence.suspicion.note_started()
             if sequence.started_at is None:
                 sequence.started_at = trio.current_time()
 

@@ -36,6 +36,10 @@ class Suspicion:
         self.num_engines += 1
         self.is_running = False
 
+    def note_started(self) -> None:
+        """The engine begins to run it."""
+        self.is_running = True
+
     def note_token(self) -> None:
         """The engine has given it a token and lives."""
         self.num_deaths = 0
