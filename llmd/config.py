@@ -65,6 +65,18 @@ class HttpConfig(Struct, frozen=True, kw_only=True):
     api_key_digests: tuple[bytes, ...] = ()  # SHA-256 of each key of --api-key
     api_key_file: str | None = None  # more keys, one a line; read again when it changes
     allowed_origins: tuple[str, ...] = ()  # of pages in a browser (CORS); "*" = all, none = no CORS
+    sse_keep_alive: float = 15 * SECONDS  # between comments in a stream that has nothing to say; 0 = none
+    otlp_traces_endpoint: str | None = None  # URL that takes OpenTelemetry spans
+
+
+class LogConfig(Struct, frozen=True, kw_only=True):
+    """What all processes write to stderr, and how."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: bool = False  # a line for every request that has ended
+    requests: bool = False  # parameters and prompts of every request
+    max_len: int = 256  # characters that are shown of a prompt
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True):
@@ -74,6 +86,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     http: HttpConfig
     listen_fds: tuple[int, ...]  # inherited listening sockets, TCP or unix
     engine_path: str  # unix socket of the engine; connecting waits until the engine accepts
+    log: LogConfig = LogConfig()
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):
@@ -84,6 +97,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     server_listen_fd: int  # inherited listening unix socket for servers
     worker_listen_fd: int  # the same for ranks
     num_ranks: int
+    log: LogConfig = LogConfig()
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True):
@@ -95,12 +109,14 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     scheduler: SchedulerConfig
     rank: int
     engine_path: str  # unix socket on which the engine awaits its ranks
+    log: LogConfig = LogConfig()
 
 
 class FetchConfig(Struct, frozen=True, kw_only=True):
     """A fetcher process, `python -m llmd.fetch`: turns what the user named into a safetensors folder, and ends."""
 
     model: ModelConfig
+    log: LogConfig = LogConfig()
 
 
 class Config(Struct, frozen=True, kw_only=True):
@@ -110,3 +126,4 @@ class Config(Struct, frozen=True, kw_only=True):
     cache: CacheConfig
     scheduler: SchedulerConfig
     http: HttpConfig
+    log: LogConfig = LogConfig()

@@ -106,6 +106,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
     _add_scheduling_flags(parser.add_argument_group("scheduling"))
     _add_http_flags(parser.add_argument_group("HTTP"))
     _add_door_flags(parser.add_argument_group("keys and browsers"))
+    _add_log_flags(parser.add_argument_group("logs and tracing"))
 
 
 def _add_model_flags(model: argparse._ArgumentGroup) -> None:
@@ -213,6 +214,13 @@ def _add_http_flags(http: argparse._ArgumentGroup) -> None:
         "--keep-alive-timeout", type=seconds, default=75.0, metavar="SECONDS", help="idle connections (default: 75)"
     )
     http.add_argument(
+        "--sse-keep-alive",
+        type=seconds,
+        default=15.0,
+        metavar="SECONDS",
+        help="a stream that has nothing to say sends a comment so often; 0: never (default: 15)",
+    )
+    http.add_argument(
         "--drain-timeout",
         type=seconds,
         default=30.0,
@@ -239,6 +247,37 @@ def _add_door_flags(doors: argparse._ArgumentGroup) -> None:
         metavar="ORIGIN",
         help="whose pages may use this server from a browser (CORS), e.g. https://chat.example.com, or * "
         "(default: nobody's)",
+    )
+
+
+def _add_log_flags(logs: argparse._ArgumentGroup) -> None:
+    logs.add_argument("--log-format", choices=("text", "json"), default="text", help="of every line (default: text)")
+    logs.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)"
+    )
+    logs.add_argument(
+        "--enable-access-log",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="log every request when it has ended: who, what, how long, how many tokens (default: off)",
+    )
+    logs.add_argument(
+        "--enable-log-requests",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="log parameters and PROMPTS of every request (default: off)",
+    )
+    logs.add_argument(
+        "--max-log-len",
+        type=_at_least(0, int),
+        default=256,
+        metavar="N",
+        help="characters of a prompt that --enable-log-requests shows (default: 256)",
+    )
+    logs.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send an OpenTelemetry span of each request there, e.g. http://localhost:4318/v1/traces; needs llmd[otel]",
     )
 
 

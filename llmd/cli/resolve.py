@@ -1,10 +1,11 @@
 """From what was typed to what is meant: flags become a `Config`, in one place. Knows no process and no model file."""
 
 import argparse
+import importlib.util
 import re
 from pathlib import Path
 
-from llmd.config import CacheConfig, Config, HttpConfig, ModelConfig, SchedulerConfig
+from llmd.config import CacheConfig, Config, HttpConfig, LogConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
 from llmd.fetch.source import DEMO_MODEL_NAME, default_cache_dir
 from llmd.server.api_keys import key_digest, key_fault, read_key_file
@@ -17,6 +18,9 @@ _QUEUED_REQS = 1024
 
 # scheme://host[:port] as a browser writes it (RFC 6454): no path, no user
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/@?#\s,]+")
+
+_HTTP_URL = re.compile(r"https?://[^/\s]+(/\S*)?")
+_OTEL_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 
 
 def resolve(flags: argparse.Namespace) -> Config:
@@ -65,8 +69,21 @@ def resolve(flags: argparse.Namespace) -> Config:
         api_key_digests=_api_key_digests(flags.api_key or []),
         api_key_file=_api_key_file(flags.api_key_file),
         allowed_origins=tuple(_origin(text) for text in flags.allowed_origins or []),
+        sse_keep_alive=flags.sse_keep_alive,
+        otlp_traces_endpoint=_otlp_traces_endpoint(flags.otlp_traces_endpoint),
     )
-    return Config(model=model, cache=cache, scheduler=scheduler, http=http)
+    return Config(model=model, cache=cache, scheduler=scheduler, http=http, log=log_config(flags))
+
+
+def log_config(flags: argparse.Namespace) -> LogConfig:
+    """What these flags say of the log. Never fails, so that every other failure can be told in the log's form."""
+    return LogConfig(
+        format=flags.log_format,
+        level=flags.log_level,
+        access_log=flags.enable_access_log,
+        requests=flags.enable_log_requests,
+        max_len=flags.max_log_len,
+    )
 
 
 def shown_name(source: str | None) -> str:
@@ -124,6 +141,24 @@ def _origin(text: str) -> str:
     if origin != "*" and not _ORIGIN.fullmatch(origin):
         raise StartupFailed(f"--allowed-origins {text}: this is not an origin, as https://chat.example.com:8443, nor *")
     return origin
+
+
+def _otlp_traces_endpoint(url: str | None) -> str | None:
+    if url is None:
+        return None
+    if not _HTTP_URL.fullmatch(url):
+        raise StartupFailed(f"--otlp-traces-endpoint {url}: this is not a URL, as http://localhost:4318/v1/traces")
+    if not all(map(_is_installed, _OTEL_MODULES)):
+        raise StartupFailed("--otlp-traces-endpoint needs packages that are not installed: pip install 'llmd[otel]'")
+    return url
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module could be imported; its packages are, it is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _step_tokens(device: str) -> int:

@@ -2,8 +2,8 @@
 
 import argparse
 import errno
+import logging
 import socket
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -12,22 +12,31 @@ from llmd.errors import StartupFailed
 from llmd.supervisor.processes import listen_tcp
 from llmd.supervisor.unix_socket import listening_unix_socket
 
+_log = logging.getLogger(__name__)
+
 
 def serve(flags: argparse.Namespace) -> int:
     """Run a server until it is told to stop. Returns the exit status."""
-    with _listening(flags) as listener:
-        return _serve_on(listener, flags)
+    try:
+        with _listening(flags) as listener:
+            return _serve_on(listener, flags)
+    except StartupFailed as error:
+        return _fail(error, flags)
 
 
 def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
     # The port is open from here on. What is imported now took its time away from a client that could already connect.
     from llmd.cli.resolve import resolve
     from llmd.fetch.source import find_ready
+    from llmd.log import configure_logging
     from llmd.supervisor.start import Sockets, start_first_children
 
     config = resolve(flags)
+    configure_logging(config.log, process="supervisor")
     model_dir = find_ready(config.model.source, revision=config.model.revision, cache_dir=Path(config.model.cache_dir))
-    print(f"llmd {__version__} · {config.model.served_names[0]} · {_address(listener)}", file=sys.stderr)
+    _log.info("llmd %s · %s · %s", __version__, config.model.served_names[0], _address(listener))
+    if config.log.requests:
+        _log.warning("prompts are logged, up to %d characters of each (--enable-log-requests)", config.log.max_len)
     sockets = Sockets.open((listener,))
     try:
         first = start_first_children(config, sockets, model_dir=model_dir)
@@ -40,6 +49,16 @@ def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
         return trio.run(lambda: supervise(config, sockets, first, model_dir=str(model_dir) if model_dir else None))
     finally:
         sockets.close()
+
+
+def _fail(error: StartupFailed, flags: argparse.Namespace) -> int:
+    """Say why, in the form that the log was to have, perhaps before there was one."""
+    from llmd.cli.resolve import log_config
+    from llmd.log import configure_logging
+
+    configure_logging(log_config(flags), process="supervisor")
+    _log.error("%s", error)
+    return 1
 
 
 def _listening(flags: argparse.Namespace) -> AbstractContextManager[socket.socket]:

@@ -1,5 +1,6 @@
 """The engine process: `python -m llmd.engine CONTROL_FD`. Wires sockets to the step loop; decides nothing."""
 
+import logging
 import socket
 import sys
 
@@ -10,6 +11,7 @@ from llmd.config import EngineConfig
 from llmd.engine.loop import EngineLoop
 from llmd.engine.ranks import RankLost, connect_ranks
 from llmd.engine.scheduler import Scheduler
+from llmd.log import configure_logging
 from llmd.protocol.control import ChildReady
 from llmd.protocol.generation import EngineReady
 
@@ -17,13 +19,15 @@ from llmd.protocol.generation import EngineReady
 def main() -> None:
     """Serve until the supervisor closes the control socket. Exits with 1 when a rank is lost."""
     config, control = connect_control(int(sys.argv[1]), EngineConfig)
+    configure_logging(config.log, process="engine")
     try:
         trio.run(run_engine, config, control)
     except BaseExceptionGroup as group:
         lost, others = group.split(RankLost)
         if lost is None or others is not None:
             raise
-        sys.exit(f"llmd engine: {_first(lost)}")
+        logging.getLogger("llmd.engine").error("%s", _first(lost))
+        sys.exit(1)
 
 
 async def run_engine(config: EngineConfig, control: ControlChannel) -> None:

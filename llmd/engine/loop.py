@@ -8,7 +8,6 @@ may still produce.
 """
 
 import logging
-import sys
 from itertools import count
 
 import msgspec
@@ -95,7 +94,7 @@ class EngineLoop:
             return  # gone without a goodbye: the same as an end
         except (msgspec.DecodeError, RequestAlreadyOpen) as error:
             # a server that breaks the protocol loses its connection; the others keep theirs
-            print(f"llmd engine: closed the connection of a server: {error}", file=sys.stderr)
+            _log.error("closed the connection of a server: %s", error)
 
     def _add(self, request: GenerateRequest, connection: ConnectionId) -> TokenEvent | None:
         """Have the scheduler take in a request; if it chokes on it, that is this request's end and nobody else's."""

@@ -9,6 +9,7 @@ from llmd.config import FetchConfig
 from llmd.errors import StartupFailed
 from llmd.fetch import fetch
 from llmd.fetch.progress import Progress
+from llmd.log import configure_logging
 from llmd.protocol.control import ChildFailed, ChildProgress, ChildReady, Stage
 
 _REPORT_INTERVAL = 0.1  # seconds
@@ -17,6 +18,7 @@ _REPORT_INTERVAL = 0.1  # seconds
 def main() -> int:
     """Exit status: 0 if the folder is there, 1 if not; the supervisor has been told why."""
     config, control = connect_control(int(sys.argv[1]), FetchConfig)
+    configure_logging(config.log, process="fetch")
     model = config.model
     try:
         folder = fetch(

@@ -4,18 +4,19 @@ It answers from its first moment, whatever else is still being loaded, and never
 """
 
 import gc
-import logging
 import sys
 
 import trio
 
 from llmd.child import connect_control
 from llmd.config import ServerConfig
+from llmd.log import configure_logging
 
 
 def main() -> None:
     config, control = connect_control(int(sys.argv[1]), ServerConfig)
-    logging.basicConfig(level=logging.WARNING, format="server: %(levelname)s: %(message)s")
+    # the one process that sees texts
+    configure_logging(config.log, process="server", withholds_messages=not config.log.requests)
     # imports make no garbage; looking for it costs a sixth of the time until the first answer
     gc.disable()
     from llmd.server.process import run

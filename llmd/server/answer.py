@@ -21,6 +21,7 @@ from llmd.server.openai_responses import AnswerFinish, PromptTokensDetails, Usag
 from llmd.server.openai_types import CompletionRequest
 from llmd.server.parameters import stop_strings
 from llmd.server.question import Question
+from llmd.server.request_record import note_answer
 from llmd.text.output import TextOutput
 
 
@@ -66,6 +67,7 @@ def begin(server: Server, question: Question) -> "Answer":
         raise overloaded(backlog, reason, limit=limit, now=trio.current_time())
     answer = Answer(server, question)
     hold(answer)
+    note_answer(question, answer)
     return answer
 
 
@@ -123,6 +125,17 @@ class Answer:
     @property
     def num_choices(self) -> int:
         return len(self._choices)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """How the choices have ended, in order of index; also "abort" and "error". Not of those that are open."""
+        return [choice.ended_by for choice in self._choices if choice.ended_by is not None]
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From the request's arrival to the first token of any choice; None if none came."""
+        times = [choice.first_token_seconds for choice in self._choices if choice.first_token_seconds is not None]
+        return min(times, default=None)
 
     @property
     def is_over(self) -> bool:
@@ -198,6 +211,7 @@ class Answer:
 
     def _finish(self, choice: "_Choice", reason: str) -> None:
         choice.is_finished = True
+        choice.ended_by = reason
         self._metrics.finished(
             reason,
             prompt_tokens=len(choice.prompt.token_ids),
@@ -219,6 +233,7 @@ class _Choice:
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.is_finished = False
+        self.ended_by: str | None = None
         self.last_event_at: float | None = None
         self.first_token_seconds: float | None = None
         self._tokenizer = text.tokenizer

@@ -1,18 +1,16 @@
 """Builds the Quart-Trio application: every route, in one list. Opens no socket.
 
 A route is a function `async def name(server: Server) -> Response`; a variable part of the path comes as a keyword
-argument of that name. It may raise anything: `error_handlers` renders it. `quart.g.request_id` names the request.
+argument of that name. It may raise anything: `error_handlers` renders it.
 """
 
-import re
-import uuid
 from collections.abc import Awaitable, Callable
 
-from quart import Response, g, request
+from quart import Response, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from llmd.server import chat, completions, docs_page, health, models, tokenization
+from llmd.server import access_log, chat, completions, docs_page, health, models, tokenization
 from llmd.server.api_keys import ApiKeys
 from llmd.server.connection import ClientConnection
 from llmd.server.context import Server
@@ -29,15 +27,13 @@ from llmd.server.openai_responses import (
 )
 from llmd.server.openai_types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from llmd.server.openapi import openapi_document
+from llmd.server.request_record import Listener, record_requests
 from llmd.server.responses import json_response
 from llmd.server.route import Route
 
 _BODY_ERRORS = (400, 404, 408, 413, 415, 429, 503)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
-# what may be sent back as it came: nothing that could start another header or break a log line
-_REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 
 async def openapi(server: Server) -> Response:
@@ -119,10 +115,10 @@ def create_app(server: Server) -> QuartTrio:
         app.add_url_rule(route.path, route.operation_id, _view(route, server), methods=[route.method])
     register_error_handlers(app)
     # in this order: a preflight brings no key
-    _name_requests(app)
     register_cors(app, server.config.http.allowed_origins)
     _require_key(app, server)
     _count_answers(app, server)
+    _record_requests(app, server)
     return app
 
 
@@ -140,19 +136,13 @@ def _view(route: Route, server: Server) -> Callable[..., Awaitable[Response]]:
     return view
 
 
-def _name_requests(app: QuartTrio) -> None:
-    """X-Request-Id: the client's own, if it can be sent back safely, else a new one."""
-
-    async def name_request() -> None:
-        given = request.headers.get("X-Request-Id", "")
-        g.request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-
-    async def send_name(response: Response) -> Response:
-        response.headers["X-Request-Id"] = g.request_id
-        return response
-
-    app.before_request(name_request)
-    app.after_request(send_name)
+def _record_requests(app: QuartTrio, server: Server) -> None:
+    listeners: list[Listener] = []
+    if server.config.log.access_log:
+        listeners.append(access_log.log_answer)
+    if server.tracer is not None:
+        listeners.append(server.tracer.trace)
+    record_requests(app, listeners)
 
 
 def _require_key(app: QuartTrio, server: Server) -> None:

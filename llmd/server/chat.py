@@ -6,6 +6,7 @@ import trio
 from msgspec import UNSET
 from quart import Response
 
+from llmd.server.access_log import log_request
 from llmd.server.answer import Delta, begin, collect
 from llmd.server.context import Server, TextModel
 from llmd.server.logprobs import chat_logprobs
@@ -30,9 +31,10 @@ async def chat_completions(server: Server) -> Response:
     prompt = Prompt(await encode_conversation(text, request, reasoning_effort=request.reasoning_effort))
     question = ask(server, request, [prompt], id_prefix="chatcmpl", arrived=arrived)
     view = _ChatView(question, request, text, _role(server, request))
+    log_request(server.config.log, question)
     answer = begin(server, question)
     if request.stream:
-        return StreamResponse(partial(stream, answer, question, view))
+        return StreamResponse(partial(stream, answer, question, view, keep_alive=server.config.http.sse_keep_alive))
     return json_response(view.whole(*await collect(answer)))
 
 

@@ -8,6 +8,7 @@ from msgspec import UNSET
 from quart import Response
 
 from llmd.errors import InvalidRequest
+from llmd.server.access_log import log_request
 from llmd.server.answer import Delta, begin, collect
 from llmd.server.context import Server, TextModel
 from llmd.server.logprobs import completion_logprobs
@@ -34,9 +35,10 @@ async def completions(server: Server) -> Response:
     prompts = await _prompts(text, request)
     question = ask(server, request, prompts, id_prefix="cmpl", arrived=arrived)
     view = _CompletionView(question, request, text)
+    log_request(server.config.log, question)
     answer = begin(server, question)
     if request.stream:
-        return StreamResponse(partial(stream, answer, question, view))
+        return StreamResponse(partial(stream, answer, question, view, keep_alive=server.config.http.sse_keep_alive))
     return json_response(view.whole(*await collect(answer)))
 
 

@@ -1,7 +1,9 @@
 """What every route needs to know, made once a process. Holds things; does not do the work of any route."""
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -12,6 +14,12 @@ from llmd.server.engine_client import EngineClient
 from llmd.server.metrics import Metrics
 from llmd.text.chat_template import ChatTemplate
 from llmd.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    # an optional package, imported only where it was asked for
+    from llmd.server.tracing import Tracer
+
+_MAX_RESTARTS_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +39,22 @@ class StateBoard:
     def __init__(self) -> None:
         self._current = SystemState(stage=Stage.STARTING)
         self._changed = trio.Event()
+        self._restarted_at: deque[float] = deque(maxlen=_MAX_RESTARTS_KEPT)
 
     @property
     def current(self) -> SystemState:
         return self._current
 
     def update(self, state: SystemState) -> None:
+        if state.restarts > self._current.restarts:
+            self._restarted_at.append(trio.current_time())
         self._current = state
         self._changed.set()
         self._changed = trio.Event()
+
+    def restarts_since(self, time: float) -> list[float]:
+        """When the engine was restarted after this time, on trio's clock. Of very many, the latest."""
+        return [restarted_at for restarted_at in self._restarted_at if restarted_at > time]
 
     async def wait_changed(self) -> None:
         """Until the next `update`, however short a time its state lasts."""
@@ -55,6 +70,7 @@ class Server:
     engine: EngineClient
     metrics: Metrics
     text: TextModel | None = None
+    tracer: "Tracer | None" = None
 
     def loaded_text(self) -> TextModel:
         """The text model. Raises Unavailable with the reason while no request may begin."""

@@ -30,6 +30,10 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
         engine=EngineClient(config.engine_path),
         metrics=Metrics(config.model.served_names[0]),
     )
+    if (endpoint := config.http.otlp_traces_endpoint) is not None:
+        from llmd.server.tracing import Tracer
+
+        server.tracer = Tracer(endpoint, server.state)
     sockets = [socket.socket(fileno=fd) for fd in config.listen_fds]
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -38,6 +42,8 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
         nursery.start_soon(_load_text, server, control)
         await serve(create_app(server), config.http, sockets=sockets, stop=stop)
         nursery.cancel_scope.cancel()
+    if server.tracer is not None:
+        await server.tracer.flush()
 
 
 async def _follow_state(

@@ -1,8 +1,10 @@
 """Server-sent events of one answer. It must not know how a chat or a completion looks: those bring a `Chunks`."""
 
+import math
 from typing import Protocol
 
 import msgspec
+import trio
 
 from llmd.errors import DeadlineExceeded, EngineFailed
 from llmd.server.answer import Answer, Delta
@@ -12,6 +14,8 @@ from llmd.server.question import Question
 from llmd.server.responses import Send
 
 DONE = b"data: [DONE]\n\n"
+# a comment: clients skip it, proxies see that the connection lives (WHATWG HTML, section 9.2.6)
+KEEP_ALIVE = b": keep-alive\n\n"
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -28,8 +32,10 @@ class Chunks(Protocol):
         ...
 
 
-async def stream(answer: Answer, question: Question, chunks: Chunks, send: Send) -> None:
+async def stream(answer: Answer, question: Question, chunks: Chunks, send: Send, *, keep_alive: float) -> None:
     """Generate, and send every delta as it comes; what is pending goes out in one write.
+
+    While there is nothing to send, a comment goes out every `keep_alive` seconds; 0: none does.
 
     A client that leaves cancels this, and with it all its sequences. An engine's failure becomes an error event, and
     so does a deadline that passes before the first token.
@@ -39,11 +45,18 @@ async def stream(answer: Answer, question: Question, chunks: Chunks, send: Send)
     usage_everywhere = include_usage and options is not None and bool(options.continuous_usage_stats)
     try:
         with answer:
+            silent_until = trio.current_time() + (keep_alive or math.inf)
             while not answer.is_over:
-                deltas = await answer.deltas()
-                usage = answer.usage() if usage_everywhere else None
-                if deltas:
-                    await send(b"".join([chunks.chunk(delta, usage) for delta in deltas]))
+                data = b""
+                with trio.CancelScope(deadline=silent_until) as silence:
+                    deltas = await answer.deltas()
+                    usage = answer.usage() if usage_everywhere else None
+                    data = b"".join([chunks.chunk(delta, usage) for delta in deltas])
+                if silence.cancelled_caught:
+                    data = KEEP_ALIVE
+                if data:
+                    await send(data)
+                    silent_until = trio.current_time() + (keep_alive or math.inf)
             ending = chunks.usage_chunk(answer.usage()) if include_usage else b""
         await send(ending + DONE)
     except (EngineFailed, DeadlineExceeded) as error:

@@ -59,7 +59,7 @@ class FirstChildren:
 def start_first_children(config: Config, sockets: Sockets, *, model_dir: Path | None) -> FirstChildren:
     """Start everything that can start now. The slowest first: a worker has torch to import."""
     engine_group = start_engine_group(config, sockets, model_dir=str(model_dir)) if model_dir else None
-    fetcher = None if model_dir else spawn(FetchConfig(model=config.model))
+    fetcher = None if model_dir else spawn(FetchConfig(model=config.model, log=config.log))
     servers = tuple(start_server(config, sockets) for _ in range(config.http.num_frontends))
     return FirstChildren(servers=servers, fetcher=fetcher, engine_group=engine_group)
 
@@ -67,7 +67,11 @@ def start_first_children(config: Config, sockets: Sockets, *, model_dir: Path | 
 def start_server(config: Config, sockets: Sockets) -> Process:
     fds = tuple(listener.fileno() for listener in sockets.http)
     server = ServerConfig(
-        model=config.model, http=config.http, listen_fds=fds, engine_path=sockets.servers.getsockname()
+        model=config.model,
+        http=config.http,
+        listen_fds=fds,
+        engine_path=sockets.servers.getsockname(),
+        log=config.log,
     )
     return spawn(server, pass_fds=fds)
 
@@ -80,6 +84,7 @@ def start_engine_group(config: Config, sockets: Sockets, *, model_dir: str) -> E
         scheduler=config.scheduler,
         rank=0,
         engine_path=sockets.ranks.getsockname(),
+        log=config.log,
     )
     engine = EngineConfig(
         cache=config.cache,
@@ -87,6 +92,7 @@ def start_engine_group(config: Config, sockets: Sockets, *, model_dir: str) -> E
         server_listen_fd=sockets.servers.fileno(),
         worker_listen_fd=sockets.ranks.fileno(),
         num_ranks=1,
+        log=config.log,
     )
     workers = (spawn(worker),)
     return EngineGroup(

@@ -37,7 +37,7 @@ class _Supervisor:
     def __init__(self, config: Config, sockets: Sockets, *, model_dir: str | None) -> None:
         self._config = config
         self._sockets = sockets
-        self._terminal = Terminal()
+        self._terminal = Terminal(config.log)
         stage = Stage.LOADING if model_dir else Stage.FETCHING
         self._state = SystemState(stage=stage, model_dir=model_dir)
         self._state_changed = trio.Event()

@@ -1,36 +1,40 @@
 """What the operator sees of a starting server: one line a fact, and a bar for what takes long."""
 
+import logging
 import sys
 import time
 
+from llmd.config import LogConfig
 from llmd.protocol.control import Stage, SystemState
 
 _BAR_WIDTH = 30
 # a log file is not a terminal: there, one line a quarter of the way is enough
 _LOG_STEPS = 4
 
+_log = logging.getLogger(__name__)
+
 
 class Terminal:
-    """Writes to stderr. On a terminal a bar is drawn over itself; in a log each stage gets a few lines."""
+    """Lines are records of the log. On a terminal a bar is drawn over itself; in a log each stage gets a few lines."""
 
-    def __init__(self) -> None:
-        self._interactive = sys.stderr.isatty()
+    def __init__(self, config: LogConfig) -> None:
+        self._draws_bars = config.format == "text" and config.level in ("debug", "info") and sys.stderr.isatty()
         self._started = time.monotonic()
         self._bar_drawn = False
         self._logged: tuple[str, int] | None = None
 
-    def line(self, text: str) -> None:
-        """Print one line, clear of the bar."""
+    def line(self, text: str, *, level: int = logging.INFO) -> None:
+        """Log one line, clear of the bar."""
         self._clear_bar()
-        print(text, file=sys.stderr, flush=True)
+        _log.log(level, "%s", text)
 
     def show(self, state: SystemState) -> None:
         """Show a change of the system's state."""
         if state.stage is Stage.READY:
             self.line(f"ready after {time.monotonic() - self._started:.1f} s")
         elif state.stage is Stage.FAILED:
-            self.line(f"failed: {state.detail}")
-        elif self._interactive and state.progress is not None:
+            self.line(f"failed: {state.detail}", level=logging.ERROR)
+        elif self._draws_bars and state.progress is not None:
             self._draw_bar(state.detail, state.progress)
         else:
             self._log(state)

@@ -5,11 +5,13 @@ import sys
 from llmd.child import connect_control
 from llmd.config import WorkerConfig
 from llmd.errors import StartupFailed
+from llmd.log import configure_logging
 from llmd.protocol.control import ChildFailed, ChildProgress, Stage
 
 
 def main() -> int:
     config, control = connect_control(int(sys.argv[1]), WorkerConfig)
+    configure_logging(config.log, process="worker")
     control.send(ChildProgress(stage=Stage.LOADING, detail="importing torch"))
 
     # here and not above, because it takes seconds and the operator should know
