@@ -144,12 +144,18 @@ class _Stderr(logging.Handler):
             line = self._form(record)
         except Exception as error:
             # the standard library would print the arguments, whatever they are
-            line = f"a log record of {record.pathname}:{record.lineno} cannot be shown ({type(error).__name__})"
+            line = self._form(_replacement(record, error))
         try:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
         except (OSError, ValueError):
             return  # nobody reads any more
+
+
+def _replacement(record: logging.LogRecord, error: Exception) -> logging.LogRecord:
+    """What to log instead of a record whose arguments do not fit its message."""
+    text = f"a record of {record.pathname}:{record.lineno} cannot be shown ({type(error).__name__})"
+    return logging.LogRecord(record.name, logging.ERROR, record.pathname, record.lineno, text, None, None)
 
 
 def _log_uncaught(error_type: type[BaseException], error: BaseException, trace: Any) -> None:

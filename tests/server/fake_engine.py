@@ -10,7 +10,7 @@ from typing import Any
 import trio
 import trio.testing
 
-from llmd.config import HttpConfig, ModelConfig, ServerConfig
+from llmd.config import HttpConfig, LogConfig, ModelConfig, ServerConfig
 from llmd.protocol.control import Stage, SystemState
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import (
@@ -337,6 +337,7 @@ async def application(
     model_dir: Path,
     *,
     http: HttpConfig | None = None,
+    log: LogConfig | None = None,
     sampling_defaults: dict[str, float] | None = None,
     served_names: tuple[str, ...] = ("tiny", "org/tiny"),
     wait_ready: bool = True,
@@ -351,6 +352,7 @@ async def application(
         http=http or HttpConfig(),
         listen_fds=(),
         engine_path="engine.sock",
+        log=log or LogConfig(),
     )
     server = Server(config=config, state=StateBoard(), engine=client, metrics=Metrics("tiny"))
     server.state.update(SystemState(stage=Stage.READY, model_dir=str(model_dir)))
