@@ -7,7 +7,7 @@ import pytest
 
 from llmd.cli.flags import build_parser, byte_count, token_count, with_config_file
 from llmd.cli.resolve import resolve
-from llmd.config import Config
+from llmd.config import Config, LogConfig
 from llmd.errors import StartupFailed
 
 
@@ -59,6 +59,10 @@ def test_byte_counts(text: str, count: int) -> None:
         ("--max-num-queued-reqs", "0"),
         ("--max-num-queued-tokens", "0"),
         ("--dtype", "int4"),
+        ("--log-format", "xml"),
+        ("--log-level", "loud"),
+        ("--max-log-len", "-1"),
+        ("--sse-keep-alive", "-1"),
         ("--max-model", "5"),  # no abbreviations
     ],
     ids=" ".join,
@@ -170,10 +174,32 @@ def test_the_queue_is_bounded_and_no_smaller_than_what_runs() -> None:
     assert (typed.max_num_queued_reqs, typed.max_num_queued_tokens) == (5, 2000)
 
 
+def test_the_log_is_plain_and_discreet_unless_asked() -> None:
+    assert config().log == LogConfig(format="text", level="info", access_log=False, requests=False, max_len=256)
+    flags = ("--log-format", "json", "--log-level", "debug", "--enable-access-log", "--enable-log-requests")
+    assert config(*flags, "--max-log-len", "0").log == LogConfig(
+        format="json", level="debug", access_log=True, requests=True, max_len=0
+    )
+    assert config().http.sse_keep_alive == 15
+    assert config("--sse-keep-alive", "0").http.sse_keep_alive == 0
+
+
+def test_spans_need_a_url_and_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config().http.otlp_traces_endpoint is None
+    for url in ("localhost:4318", "grpc://localhost:4317", "http://"):
+        with pytest.raises(StartupFailed, match="not a URL"):
+            config("--otlp-traces-endpoint", url)
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(StartupFailed, match=r"pip install 'llmd\[otel\]'"):
+        config("--otlp-traces-endpoint", "http://localhost:4318/v1/traces")
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module)
+    url = "http://localhost:4318"
+    assert config("--otlp-traces-endpoint", url).http.otlp_traces_endpoint == url
+
+
 def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["serve", "--help"])
     text = capsys.readouterr().out
-    assert all(
-        f"\n{group}:\n" in text for group in ("model", "device and memory", "scheduling", "HTTP", "keys and browsers")
-    )
+    groups = ("model", "device and memory", "scheduling", "HTTP", "keys and browsers", "logs and tracing")
+    assert all(f"\n{group}:\n" in text for group in groups)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llmd.config import HttpConfig, ModelConfig, ServerConfig
+from llmd.config import HttpConfig, LogConfig, ModelConfig, ServerConfig
 from llmd.protocol.control import Stage, SystemState
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import EngineReady, FinishReason, GenerateRequest, ServerToEngine, StepEvents, TokenEvent
@@ -45,7 +45,14 @@ class Child:
 
 
 @contextmanager
-def server_process(tmp_path: Path, *, drain_timeout: float = 10) -> Iterator[Child]:
+def server_process(
+    tmp_path: Path,
+    *,
+    drain_timeout: float = 10,
+    log: LogConfig | None = None,
+    program: Sequence[str] = ("-m", "llmd.server"),
+    stderr: int | None = None,
+) -> Iterator[Child]:
     ours, theirs = socket.socketpair()
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     engine = socket.socket(socket.AF_UNIX)
@@ -57,13 +64,15 @@ def server_process(tmp_path: Path, *, drain_timeout: float = 10) -> Iterator[Chi
         http=HttpConfig(drain_timeout=drain_timeout),
         listen_fds=(listener.fileno(),),
         engine_path=str(tmp_path / "engine.sock"),
+        log=log or LogConfig(),
     )
     with ours, listener, engine:
         ours.sendall(encode_frame(config))
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "llmd.server", str(theirs.fileno())],
+                [sys.executable, *program, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), listener.fileno()),
+                stderr=stderr,
             )
         try:
             yield Child(process, ours, engine, f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -115,6 +124,28 @@ def test_it_ends_with_its_supervisor(tmp_path: Path) -> None:
         assert httpx.get(f"{child.url}/health/live", timeout=TIMEOUT).status_code == 200
         child.control.close()
         assert child.process.wait(TIMEOUT) == 0
+
+
+@pytest.mark.parametrize("requests", [False, True], ids=["as ever", "asked for"])
+def test_its_log_withholds_what_exceptions_say(requests: bool, tmp_path: Path) -> None:
+    """A route that fails with a part of the request in its exception's message."""
+    program = (
+        "from llmd.server import models\n"
+        "def fail(name, *_): raise KeyError(name)\n"
+        "models.check_model = fail\n"
+        "from llmd.server.__main__ import main\n"
+        "main()\n"
+    )
+    log = LogConfig(format="json", requests=requests)
+    with server_process(tmp_path, log=log, program=("-c", program), stderr=subprocess.PIPE) as child:
+        answer = httpx.get(f"{child.url}/v1/models/marker", headers={"X-Request-Id": "trace-1"}, timeout=TIMEOUT)
+        assert answer.status_code == 500
+        assert "marker" not in answer.text
+        assert child.process.stderr is not None
+        line = json.loads(child.process.stderr.readline())
+        assert (line["process"], line["request_id"]) == ("server", "trace-1")
+        assert "in fail" in line["exception"]
+        assert ("marker" in json.dumps(line)) == requests
 
 
 def test_it_does_not_import_torch() -> None:

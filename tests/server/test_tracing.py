@@ -14,12 +14,8 @@ from typing import Any
 import pytest
 import trio
 
-from llmd.config import HttpConfig, ModelConfig, ServerConfig
 from llmd.protocol.control import SystemState
 from llmd.server.app import create_app
-from llmd.server.context import Server, StateBoard
-from llmd.server.engine_client import EngineClient
-from llmd.server.metrics import Metrics
 from tests.server.fake_engine import Answered, Application, application, run
 from tests.server.logged import logged
 
@@ -229,16 +225,7 @@ def test_a_receiver_that_is_gone_holds_up_nobody(tiny_model_dir: Path) -> None:
     run(main, uses_threads=True)
 
 
-def test_without_the_flag_nothing_of_it_is_imported(tiny_model_dir: Path) -> None:
-    server = Server(
-        config=ServerConfig(
-            model=ModelConfig(cache_dir="", served_names=("tiny",)), http=HttpConfig(), listen_fds=(), engine_path=""
-        ),
-        state=StateBoard(),
-        engine=EngineClient(""),
-        metrics=Metrics("tiny"),
-    )
-    assert server.tracer is None
+def test_without_the_flag_nothing_of_it_is_imported() -> None:
     code = (
         "import sys, llmd.server.process, llmd.cli.serve\n"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
