@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import logging
 import socket
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,8 +10,6 @@ from llmd import __version__
 from llmd.errors import StartupFailed
 from llmd.supervisor.processes import listen_tcp
 from llmd.supervisor.unix_socket import listening_unix_socket
-
-_log = logging.getLogger(__name__)
 
 
 def serve(flags: argparse.Namespace) -> int:
@@ -26,6 +23,8 @@ def serve(flags: argparse.Namespace) -> int:
 
 def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
     # The port is open from here on. What is imported now took its time away from a client that could already connect.
+    import logging
+
     from llmd.cli.resolve import resolve
     from llmd.fetch.source import find_ready
     from llmd.log import configure_logging
@@ -34,9 +33,10 @@ def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
     config = resolve(flags)
     configure_logging(config.log, process="supervisor")
     model_dir = find_ready(config.model.source, revision=config.model.revision, cache_dir=Path(config.model.cache_dir))
-    _log.info("llmd %s · %s · %s", __version__, config.model.served_names[0], _address(listener))
+    log = logging.getLogger(__name__)
+    log.info("llmd %s · %s · %s", __version__, config.model.served_names[0], _address(listener))
     if config.log.requests:
-        _log.warning("prompts are logged, up to %d characters of each (--enable-log-requests)", config.log.max_len)
+        log.warning("prompts are logged, up to %d characters of each (--enable-log-requests)", config.log.max_len)
     sockets = Sockets.open((listener,))
     try:
         first = start_first_children(config, sockets, model_dir=model_dir)
@@ -53,11 +53,13 @@ def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
 
 def _fail(error: StartupFailed, flags: argparse.Namespace) -> int:
     """Say why, in the form that the log was to have, perhaps before there was one."""
+    import logging
+
     from llmd.cli.resolve import log_config
     from llmd.log import configure_logging
 
     configure_logging(log_config(flags), process="supervisor")
-    _log.error("%s", error)
+    logging.getLogger(__name__).error("%s", error)
     return 1
 
 

@@ -46,7 +46,7 @@ class Tracer:
 
     def trace(self, record: RequestRecord) -> None:
         """Hand over the span of a request that has ended. Never waits."""
-        if record.path not in _TRACED_PATHS:
+        if _route(record) not in _TRACED_PATHS:
             return
 
         def unix_nanoseconds(time: float) -> int:
@@ -108,12 +108,17 @@ def _resource() -> Resource:
     return resource
 
 
+def _route(record: RequestRecord) -> str:
+    # routes are not strict about a slash at the end
+    return record.path.rstrip("/")
+
+
 def _attributes(record: RequestRecord) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         "gen_ai.request.id": record.request_id,
         "gen_ai.latency.e2e": record.ended_at - record.arrived,
         "http.request.method": record.method,
-        "http.route": record.path,
+        "http.route": _route(record),
         "http.response.status_code": CLIENT_LEFT if record.client_left else record.status,
     }
     if record.question is not None:
