@@ -4,6 +4,7 @@ Streamed and whole answers are made of the same deltas (contract C6): a whole an
 know how a chat or a completion looks; `chat` and `completions` render their own.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -141,16 +142,17 @@ class Answer:
     def is_over(self) -> bool:
         return self._num_open == 0
 
-    async def deltas(self) -> list[Delta]:
+    async def deltas(self, *, until: float = math.inf) -> list[Delta]:
         """What is new since the last call, of all choices, in order of arrival; waits for the first.
 
+        Perhaps nothing: if there is nothing to show yet, or none came `until` then (on trio's clock).
         When the request's deadline passes, every choice ends with what it has. Raises DeadlineExceeded if none has
         anything, EngineFailed if one of the choices cannot be finished.
         """
-        with trio.CancelScope(deadline=self._question.deadline) as scope:
+        deadline = self._question.deadline
+        with trio.CancelScope(deadline=min(deadline, until)):
             return self._take_in(await self._generation.take())
-        assert scope.cancelled_caught
-        return self._end_early()
+        return self._end_early() if trio.current_time() >= deadline else []
 
     def _end_early(self) -> list[Delta]:
         """The deadline has passed: nothing more is computed, and every choice ends with the tokens it has."""

@@ -47,16 +47,15 @@ async def stream(answer: Answer, question: Question, chunks: Chunks, send: Send,
         with answer:
             silent_until = trio.current_time() + (keep_alive or math.inf)
             while not answer.is_over:
-                data = b""
-                with trio.CancelScope(deadline=silent_until) as silence:
-                    deltas = await answer.deltas()
-                    usage = answer.usage() if usage_everywhere else None
-                    data = b"".join([chunks.chunk(delta, usage) for delta in deltas])
-                if silence.cancelled_caught:
-                    data = KEEP_ALIVE
-                if data:
-                    await send(data)
-                    silent_until = trio.current_time() + (keep_alive or math.inf)
+                deltas = await answer.deltas(until=silent_until)
+                usage = answer.usage() if usage_everywhere else None
+                if deltas:
+                    await send(b"".join([chunks.chunk(delta, usage) for delta in deltas]))
+                elif trio.current_time() >= silent_until:
+                    await send(KEEP_ALIVE)
+                else:
+                    continue
+                silent_until = trio.current_time() + (keep_alive or math.inf)
             ending = chunks.usage_chunk(answer.usage()) if include_usage else b""
         await send(ending + DONE)
     except (EngineFailed, DeadlineExceeded) as error:
