@@ -1,4 +1,7 @@
-"""What a request's headers say about its work: who asks, and how long it may take. Knows nothing of the body."""
+"""What a request's headers say about its work: its name, who asks, how long it may take. Knows nothing of the body."""
+
+import re
+import uuid
 
 from quart import request
 
@@ -6,6 +9,14 @@ from llmd.errors import InvalidRequest
 from llmd.server.api_keys import bearer_token, key_digest
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+
+# what may be sent back as it came: nothing that could start another header or break a log line
+_REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+
+
+def request_name(given: str = "") -> str:
+    """The client's own X-Request-Id, if it can be sent back safely, else a new one."""
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
 
 def client_identity() -> str:

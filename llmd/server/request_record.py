@@ -5,9 +5,7 @@ that no route sees. It must not know what is done with a record.
 """
 
 import logging
-import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from llmd.log import current_request_id
 from llmd.server.api_keys import bearer_token, key_digest
 from llmd.server.openai_responses import Usage
 from llmd.server.question import Question
+from llmd.server.request_headers import request_name
 
 Message = Any  # an ASGI event: a dictionary with a "type"
 Send = Callable[[Message], Awaitable[None]]
@@ -27,9 +26,6 @@ Receive = Callable[[], Awaitable[Message]]
 
 # nginx's number for a client that closed the connection before its answer was complete; never sent
 CLIENT_LEFT = 499
-
-# what may be sent back as it came: nothing that could start another header or break a log line
-_REQUEST_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 
 _log = logging.getLogger(__name__)
 
@@ -109,10 +105,9 @@ def record_requests(app: QuartTrio, listeners: Sequence[Listener]) -> None:
 
 def _new_record(scope: Any) -> RequestRecord:
     headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-    given = headers.get("x-request-id", "")
     host, port = (scope.get("client") or ("", None))[:2]
     return RequestRecord(
-        request_id=given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}",
+        request_id=request_name(headers.get("x-request-id", "")),
         method=scope["method"],
         path=scope["path"],
         headers=headers,

@@ -65,6 +65,10 @@ def failing(*_: object, **__: object) -> Any:
         raise ExceptionGroup(MARKER, [ValueError(MARKER), TypeError({"prompt": MARKER})]) from error
 
 
+async def failing_later(_: object) -> None:
+    failing()
+
+
 async def unforeseen_errors(running: Application, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a route, in a stream that has begun, and in what stands around the routes."""
     with monkeypatch.context() as patched:
@@ -74,7 +78,7 @@ async def unforeseen_errors(running: Application, monkeypatch: pytest.MonkeyPatc
         patched.setattr(chat._ChatView, "chunk", failing)
         assert b"internal_error" in (await say_to(running, {"messages": MESSAGES, "stream": True})).body
     with monkeypatch.context() as patched:
-        patched.setattr(running.server.metrics, "http_answer", failing)
+        patched.setitem(running.app.after_request_funcs, None, [failing_later])
         assert (await say_to(running, {"messages": MESSAGES})).status == 500
 
 

@@ -84,12 +84,12 @@ def test_every_answer_has_its_name_and_its_line(kind: str, tiny_model_dir: Path)
 def test_a_failure_outside_of_the_routes_has_its_name_too(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
+    async def fail(_: object) -> None:
         raise KeyError("marker")
 
     async def main() -> None:
         async with application(tiny_model_dir, log=ACCESS) as running:
-            monkeypatch.setattr(running.server.metrics, "http_answer", fail)
+            monkeypatch.setitem(running.app.after_request_funcs, None, [fail])
             with logged() as log:
                 answered = await running.request("GET", "/version", headers={"x-request-id": "trace-1"})
             assert answered.status == 500
