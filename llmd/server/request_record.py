@@ -105,16 +105,22 @@ def record_requests(app: QuartTrio, listeners: Sequence[Listener]) -> None:
 
 def _new_record(scope: Any) -> RequestRecord:
     headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-    host, port = (scope.get("client") or ("", None))[:2]
     return RequestRecord(
         request_id=request_name(headers.get("x-request-id", "")),
         method=scope["method"],
         path=scope["path"],
         headers=headers,
-        client=host if port is None else f"{host}:{port}",
+        client=_address(scope.get("client")),
         arrived=trio.current_time(),
         unix_time=time.time(),
     )
+
+
+def _address(client: tuple[str, int] | None) -> str:
+    if client is None:
+        return ""
+    host, port = client
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _noting_departure(record: RequestRecord, receive: Receive) -> Receive:

@@ -45,7 +45,8 @@ class Terminal:
             return
         self._logged = (state.detail, quarter)
         percent = f" {state.progress:.0%}" if state.progress is not None else ""
-        self.line(f"{state.detail}{percent}")
+        level = logging.WARNING if state.stage is Stage.RESTARTING else logging.INFO
+        self.line(f"{state.detail}{percent}", level=level)
 
     def _draw_bar(self, label: str, progress: float) -> None:
         filled = round(progress * _BAR_WIDTH)

@@ -49,6 +49,7 @@ def server_process(
     tmp_path: Path,
     *,
     drain_timeout: float = 10,
+    otlp_traces_endpoint: str | None = None,
     log: LogConfig | None = None,
     program: Sequence[str] = ("-m", "llmd.server"),
     stderr: int | None = None,
@@ -61,7 +62,7 @@ def server_process(
     engine.settimeout(TIMEOUT)
     config = ServerConfig(
         model=ModelConfig(cache_dir=str(tmp_path), served_names=("tiny",)),
-        http=HttpConfig(drain_timeout=drain_timeout),
+        http=HttpConfig(drain_timeout=drain_timeout, otlp_traces_endpoint=otlp_traces_endpoint),
         listen_fds=(listener.fileno(),),
         engine_path=str(tmp_path / "engine.sock"),
         log=log or LogConfig(),
@@ -146,6 +147,18 @@ def test_its_log_withholds_what_exceptions_say(requests: bool, tmp_path: Path) -
         assert (line["process"], line["request_id"]) == ("server", "trace-1")
         assert "in fail" in line["exception"]
         assert ("marker" in json.dumps(line)) == requests
+
+
+def test_who_takes_its_spans_and_says_nothing_holds_up_nobody(tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        endpoint = f"http://127.0.0.1:{hole.getsockname()[1]}"
+        with server_process(tmp_path, otlp_traces_endpoint=endpoint) as child:
+            for _ in range(3):
+                assert httpx.post(f"{child.url}/v1/completions", json={"x": 1}, timeout=TIMEOUT).status_code == 400
+            child.tell(SystemState(stage=Stage.DRAINING))
+            # it had time to send its spans; the kernel would end it after more than that
+            assert child.process.wait(TIMEOUT) == 0
 
 
 def test_it_does_not_import_torch() -> None:
