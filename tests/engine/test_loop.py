@@ -225,7 +225,7 @@ def test_a_server_that_does_not_read_holds_up_nobody() -> None:
     "nonsense", [encode_frame("hello"), encode_frame(generate(1, [1], 100)) * 2], ids=["no message", "same id twice"]
 )
 def test_a_server_that_breaks_the_protocol_loses_its_connection_only(
-    nonsense: bytes, capsys: pytest.CaptureFixture[str]
+    nonsense: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> None:
         async with running_engine() as engine:
@@ -241,7 +241,7 @@ def test_a_server_that_breaks_the_protocol_loses_its_connection_only(
             assert await good.read_until_end(1) == expected_completion(request)
 
     run(test)
-    assert "closed the connection of a server" in capsys.readouterr().err
+    assert "closed the connection of a server" in caplog.text
 
 
 def test_requests_that_end_at_once_are_answered_without_a_step() -> None:
