@@ -47,7 +47,7 @@ class RequestRecord:
     request_id: str
     method: str
     path: str  # without the query
-    headers: dict[str, str]  # by small names; for programs, never for the log
+    headers: dict[str, str] = field(repr=False)  # by small names; for programs, never for the log
     client: str  # address, "" if it came over a unix socket
     arrived: float
     unix_time: float  # of the arrival
