@@ -38,6 +38,8 @@ def log_answer(record: RequestRecord) -> None:
         fields["prompt_tokens"] = usage.prompt_tokens
         fields["completion_tokens"] = usage.completion_tokens
         fields["finish_reasons"] = record.answer.finish_reasons
+        if record.queue_seconds is not None:
+            fields["queue_ms"] = _milliseconds(record.queue_seconds)
         if record.answer.first_token_seconds is not None:
             fields["first_token_ms"] = _milliseconds(record.answer.first_token_seconds)
     if record.client_left:

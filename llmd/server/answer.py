@@ -133,6 +133,12 @@ class Answer:
         return [choice.ended_by for choice in self._choices if choice.ended_by is not None]
 
     @property
+    def started_at(self) -> float | None:
+        """When an engine first began to run any choice, on trio's clock; None while it has not."""
+        times = [self._generation.started_at(choice.index) for choice in self._choices]
+        return min([time for time in times if time is not None], default=None)
+
+    @property
     def first_token_seconds(self) -> float | None:
         """From the request's arrival to the first token of any choice; None if none came."""
         times = [choice.first_token_seconds for choice in self._choices if choice.first_token_seconds is not None]

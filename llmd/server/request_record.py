@@ -36,6 +36,8 @@ class Generated(Protocol):
     @property
     def finish_reasons(self) -> list[str]: ...
     @property
+    def started_at(self) -> float | None: ...
+    @property
     def first_token_seconds(self) -> float | None: ...
     def usage(self) -> Usage: ...
 
@@ -57,8 +59,15 @@ class RequestRecord:
     ended_at: float = 0.0
     is_complete: bool = False  # the last byte was handed over
     client_left: bool = False  # before that
+    submitted_at: float | None = None  # to the engine
     question: Question | None = field(default=None, repr=False)
     answer: Generated | None = field(default=None, repr=False)
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From the submission until an engine began with it; None if that did not come about."""
+        started_at = None if self.answer is None else self.answer.started_at
+        return None if started_at is None or self.submitted_at is None else started_at - self.submitted_at
 
     @property
     def key_digest(self) -> str:
@@ -76,6 +85,7 @@ def note_answer(question: Question, answer: Generated) -> None:
     """The request that runs here is answered by the engine."""
     if (record := _current.get()) is not None:
         record.question, record.answer = question, answer
+        record.submitted_at = trio.current_time()
 
 
 def record_requests(app: QuartTrio, listeners: Sequence[Listener]) -> None:

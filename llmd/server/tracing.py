@@ -125,6 +125,8 @@ def _attributes(record: RequestRecord) -> dict[str, Any]:
         attributes |= _question_attributes(record.question)
     if record.answer is not None:
         attributes |= _answer_attributes(record.answer)
+    if record.queue_seconds is not None:
+        attributes["gen_ai.latency.time_in_queue"] = record.queue_seconds
     return attributes
 
 

@@ -154,7 +154,7 @@ def test_a_line_says_what_the_engine_did(stream: bool, tiny_model_dir: Path) -> 
             assert (line["method"], line["path"], line["client"]) == ("POST", "/v1/completions", "")
             assert (line["prompt_tokens"], line["completion_tokens"]) == (3, 8)
             assert line["finish_reasons"] == ["length", "length"]
-            assert line["first_token_ms"] <= line["duration_ms"]
+            assert 0 <= line["queue_ms"] <= line["first_token_ms"] <= line["duration_ms"]
             assert line["key"] == key_digest(KEY).hex()[:16]
 
     run(main)
