@@ -171,7 +171,7 @@ class EngineClient:
         self._open: dict[int, _OpenSequence] = {}
         self._outbox: Mailbox[bytes] = Mailbox()
         self._became_ready = trio.Event()
-        self._had_progress = False  # the engine of now has given somebody a token
+        self._had_progress = False  # the engine of now has given somebody a token, or an end that needs none
         self.num_resumed = 0  # sequences handed to one more engine
         self.ready: EngineReady | None = None
         self.statistics: EngineStatistics | None = None
@@ -298,7 +298,7 @@ class EngineClient:
                 self._fail(sequence, verdict)
 
     def _deliver(self, event: TokenEvent) -> None:
-        self._had_progress = self._had_progress or bool(event.token_ids)
+        self._had_progress |= event.finish is not FinishReason.ERROR
         sequence = self._open.get(event.request_id)
         if sequence is None:
             return  # cancelled while the event was on its way

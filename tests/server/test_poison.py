@@ -1,5 +1,6 @@
 """A request that kills every engine ends, and it alone; engines that die of anything else cost nobody the answer."""
 
+import random
 from collections.abc import Callable
 from functools import partial
 
@@ -401,5 +402,45 @@ def test_the_time_in_the_queue_is_known() -> None:
 
     async def connect_to(stream: trio.abc.Stream, path: str) -> trio.abc.Stream:
         return stream
+
+    run(main)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("is_fatal", [kills, kills_on_its_fifth_token, None])
+def test_storm(seed: int, is_fatal: Callable[[list[int]], bool] | None) -> None:
+    """Poisons, or else kills after some progress, and clients that leave, all at random: only the poisons fail."""
+    draw = random.Random(seed)
+
+    async def main() -> None:
+        async with engines(is_fatal=is_fatal or (lambda _: False)) as engine:
+            heard = num_kills = 0
+            patience = draw.randint(1, 12)
+
+            def on_events() -> None:
+                nonlocal heard, num_kills, patience
+                heard += 1
+                if is_fatal is None and heard >= patience and num_kills < min(engine.num_started, 30):
+                    heard, patience = 0, draw.randint(1, 12)
+                    num_kills += 1
+                    engine.num_still_births = draw.randint(0, 2)
+                    engine.kill()
+
+            async def leave() -> None:
+                for _ in range(4):
+                    with engine.client.generate([ask(), ask()]) as leaving, trio.move_on_after(draw.random()):
+                        await leaving.take()
+
+            def ask() -> SequenceStart:
+                if is_fatal is not None and draw.random() < 0.2:
+                    return poison(num_before=draw.choice([2, 20]))
+                return innocent(draw.randint(0, 100), num_prompt_tokens=draw.choice([None, None, 30]))
+
+            clients = Clients(engine, [ask() for _ in range(20)], on_events=on_events)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(clients.run_at_once)
+                nursery.start_soon(leave)
+            clients.check()
+            assert is_fatal is not None or num_kills > 5
 
     run(main)
