@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmd import __version__
+from llmd.cli.status_flags import add_status_flags
 from llmd.errors import StartupFailed
 
 _DEVICES = ("auto", "cpu", "cuda")
@@ -47,6 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_serving_flags(check)
     check.set_defaults(run=_run_check)
+    status = commands.add_parser(
+        "status",
+        usage="llmd status [URL] [FLAGS]",
+        help="show how a running server is",
+        description="Show a live picture of a running server. With --once, one look: the exit status is 0 if it is "
+        "ready, 1 if it is not, 2 if it cannot be reached.",
+        **_STYLE,
+    )
+    add_status_flags(status)
+    status.set_defaults(run=_run_status)
     return parser
 
 
@@ -325,3 +336,9 @@ def _run_check(flags: argparse.Namespace) -> int:
     from llmd.cli.check import check
 
     return check(flags)
+
+
+def _run_status(flags: argparse.Namespace) -> int:
+    from llmd.cli.status import status
+
+    return status(flags)
