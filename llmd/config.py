@@ -87,6 +87,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True):
     listen_fds: tuple[int, ...]  # inherited listening sockets, TCP or unix
     engine_path: str  # unix socket of the engine; connecting waits until the engine accepts
     log: LogConfig = LogConfig()
+    index: int = 0  # which of `http.num_frontends`
+    figures_dir: str | None = None  # where the server processes leave what they have counted for one another
+    started_at: float = 0.0  # unix time, seconds: when all of it began, whatever was replaced since
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ from llmd.server.admission import overloaded, rejection
 from llmd.server.connection import hold
 from llmd.server.context import Server, TextModel
 from llmd.server.engine_client import IndexedEvent
+from llmd.server.metrics import SequenceTimes
 from llmd.server.openai_responses import AnswerFinish, PromptTokensDetails, Usage
 from llmd.server.openai_types import CompletionRequest
 from llmd.server.parameters import stop_strings
@@ -108,6 +109,9 @@ class Answer:
         text = server.loaded_text()
         self._choices = [_Choice(text, question, index) for index in range(question.num_choices)]
         self._num_open = question.num_choices
+        # choices that have not ended, by prompt
+        self._num_unfinished = [question.request.n] * len(question.prompts)
+        self._submitted = trio.current_time()
         self._generation = server.engine.generate(question.starts())
 
     def __enter__(self) -> Self:
@@ -180,11 +184,12 @@ class Answer:
 
     def _take_in(self, events: list[IndexedEvent]) -> list[Delta]:
         deltas: list[Delta] = []
+        self._metrics.output_tokens(sum([len(event.token_ids) for _, event in events]))
         for index, event in events:
             choice = self._choices[index]
             if choice.is_finished:
                 continue  # a stop string ended it, and the engine had not heard yet
-            self._observe(choice)
+            self._observe(choice, event)
             delta = choice.push(event)
             if delta is None:
                 continue
@@ -208,11 +213,14 @@ class Answer:
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
         )
 
-    def _observe(self, choice: "_Choice") -> None:
+    def _observe(self, choice: "_Choice", event: TokenEvent) -> None:
         now = trio.current_time()
         if choice.last_event_at is None:
+            if event.finish is FinishReason.ERROR:
+                return  # it ends without having begun
             choice.first_token_seconds = now - self._question.arrived
             self._metrics.first_token(choice.first_token_seconds)
+            self._metrics.began(prompt_tokens=len(choice.prompt.token_ids), cached_tokens=event.num_cached_tokens or 0)
         else:
             self._metrics.inter_token(now - choice.last_event_at)
         choice.last_event_at = now
@@ -220,15 +228,30 @@ class Answer:
     def _finish(self, choice: "_Choice", reason: str) -> None:
         choice.is_finished = True
         choice.ended_by = reason
+        arrived, started_at = self._question.arrived, self._generation.started_at(choice.index)
+        times = SequenceTimes(
+            submitted=self._submitted - arrived,
+            started=None if started_at is None else started_at - arrived,
+            first_token=choice.first_token_seconds,
+            ended=trio.current_time() - arrived,
+        )
         self._metrics.finished(
             reason,
+            times,
             prompt_tokens=len(choice.prompt.token_ids),
+            cached_tokens=choice.num_cached_tokens,
             output_tokens=choice.num_tokens,
-            e2e_seconds=trio.current_time() - self._question.arrived,
-            n=self._question.request.n,
             max_tokens=choice.sampling.max_tokens,
-            first_token_seconds=choice.first_token_seconds,
         )
+        self._note_finished(choice.index // self._question.request.n)
+
+    def _note_finished(self, prompt_index: int) -> None:
+        """One more choice of this prompt has ended."""
+        self._num_unfinished[prompt_index] -= 1
+        if self._num_unfinished[prompt_index] == 0:
+            n = self._question.request.n
+            siblings = self._choices[prompt_index * n : (prompt_index + 1) * n]
+            self._metrics.prompt_finished(n=n, max_output_tokens=max([choice.num_tokens for choice in siblings]))
 
 
 class _Choice:

@@ -6,13 +6,13 @@ argument of that name. It may raise anything: `error_handlers` renders it.
 
 from collections.abc import Awaitable, Callable
 
-from quart import Response, request
+from quart import Response, g, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
 from llmd.server import access_log, chat, completions, docs_page, health, models, tokenization
 from llmd.server.api_keys import ApiKeys
-from llmd.server.connection import ClientConnection
+from llmd.server.connection import ClientConnection, hold
 from llmd.server.context import Server
 from llmd.server.cors import register_cors
 from llmd.server.error_handlers import error_response, register_error_handlers
@@ -114,10 +114,10 @@ def create_app(server: Server) -> QuartTrio:
     for route in ROUTES:
         app.add_url_rule(route.path, route.operation_id, _view(route, server), methods=[route.method])
     register_error_handlers(app)
+    _measure_requests(app, server)
     # in this order: a preflight brings no key
     register_cors(app, server.config.http.allowed_origins)
     _require_key(app, server)
-    _count_answers(app, server)
     _record_requests(app, server)
     return app
 
@@ -157,12 +157,17 @@ def _require_key(app: QuartTrio, server: Server) -> None:
     app.before_request(require_key)
 
 
-def _count_answers(app: QuartTrio, server: Server) -> None:
-    async def count_answer(response: Response) -> Response:
+def _measure_requests(app: QuartTrio, server: Server) -> None:
+    async def begin_request() -> None:
+        g.http_request = server.metrics.http_request()
+        hold(g.http_request)
+
+    async def note_answer(response: Response) -> Response:
         handler = request.url_rule.rule if request.url_rule else "none"
         # a client may invent methods, and every label value is kept for ever
         method = request.method if request.method in _METHODS else "other"
-        server.metrics.http_answer(handler=handler, method=method, status=response.status_code)
+        g.http_request.answered(handler=handler, method=method, status=response.status_code)
         return response
 
-    app.after_request(count_answer)
+    app.before_request(begin_request)
+    app.after_request(note_answer)

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import trio
@@ -10,6 +10,7 @@ import trio
 from llmd.config import ServerConfig
 from llmd.errors import Unavailable
 from llmd.protocol.control import Stage, SystemState
+from llmd.protocol.figures import Family
 from llmd.server.engine_client import EngineClient
 from llmd.server.metrics import Metrics
 from llmd.text.chat_template import ChatTemplate
@@ -71,6 +72,7 @@ class Server:
     metrics: Metrics
     text: TextModel | None = None
     tracer: "Tracer | None" = None
+    counted_before: list[Family] = field(default_factory=list)  # by the processes that this one replaces
 
     def loaded_text(self) -> TextModel:
         """The text model. Raises Unavailable with the reason while no request may begin."""

@@ -14,6 +14,7 @@ from typing import Generic, Self, TypeVar
 import msgspec
 import trio
 
+from llmd.protocol.figures import EngineHistory
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import (
     CancelRequest,
@@ -27,6 +28,7 @@ from llmd.protocol.generation import (
     TokenEvent,
 )
 from llmd.server.admission import Backlog
+from llmd.server.engine_history import heard
 from llmd.server.suspicion import Suspicion
 
 Item = TypeVar("Item")
@@ -175,6 +177,7 @@ class EngineClient:
         self.num_resumed = 0  # sequences handed to one more engine
         self.ready: EngineReady | None = None
         self.statistics: EngineStatistics | None = None
+        self.history = EngineHistory()
         self.backlog = Backlog()
 
     @property
@@ -263,6 +266,7 @@ class EngineClient:
             case StepEvents():
                 if message.statistics is not None:
                     self.statistics = message.statistics
+                    self.history = heard(self.history, message.statistics)
                 for request_id in message.started:
                     self._note_started(request_id)
                 for event in message.events:

@@ -7,7 +7,8 @@ from quart_trio.wrappers import TrioResponse
 from llmd import __version__
 from llmd.protocol.control import Stage
 from llmd.server.context import Server
-from llmd.server.metrics import CONTENT_TYPE
+from llmd.server.exposition import CONTENT_TYPE, System, exposition, own_figures, own_queue_age
+from llmd.server.figures import others
 from llmd.server.responses import json_response
 
 # a start takes seconds; who asks again sooner learns nothing
@@ -21,6 +22,7 @@ class Health(Struct, frozen=True, kw_only=True):
     detail: str = ""  # for people: "downloading model.safetensors"
     progress: float | None = None  # 0 … 1 of this stage, where known
     restarts: int = 0  # of the engine, since the start
+    queue_age: float = 0.0  # seconds that the oldest sequence here has waited for its first token; 0 = none waits
 
 
 class Version(Struct, frozen=True):
@@ -29,17 +31,28 @@ class Version(Struct, frozen=True):
     version: str
 
 
+def stage_of(server: Server) -> tuple[Stage, str]:
+    """How far the system is and a word about it, as this process sees it: it may know sooner than the supervisor."""
+    state = server.state.current
+    if state.stage is not Stage.READY:
+        return state.stage, state.detail
+    if server.text is None:
+        return Stage.LOADING, "loading the tokenizer"
+    if server.engine.ready is None:
+        return Stage.RESTARTING, "the connection to the engine is lost"
+    return Stage.READY, ""
+
+
 async def health(server: Server) -> Response:
     """Ready to generate? 200, or 503 with what it is doing instead."""
     state = server.state.current
-    if state.stage is Stage.READY and server.text is not None:
-        return json_response(Health(status="ok", restarts=state.restarts))
-    # the engine may be ready before this process has its tokenizer
-    stage, detail = (
-        (Stage.LOADING, "loading the tokenizer") if state.stage is Stage.READY else (state.stage, state.detail)
-    )
-    answer = Health(status=stage, detail=detail, progress=state.progress, restarts=state.restarts)
-    headers = {} if stage is Stage.FAILED else {"retry-after": str(_RETRY_AFTER)}
+    now, detail = stage_of(server)
+    queue_age = own_queue_age(server)
+    if now is Stage.READY:
+        return json_response(Health(status="ok", restarts=state.restarts, queue_age=queue_age))
+    progress = state.progress if now is state.stage else None
+    answer = Health(status=now, detail=detail, progress=progress, restarts=state.restarts, queue_age=queue_age)
+    headers = {} if now is Stage.FAILED else {"retry-after": str(_RETRY_AFTER)}
     return json_response(answer, status=503, headers=headers)
 
 
@@ -59,9 +72,12 @@ async def version(server: Server) -> Response:
 
 
 async def metrics(server: Server) -> Response:
-    """What Prometheus collects, in its text format."""
-    if server.engine.ready is not None:
-        server.metrics.engine_ready(server.engine.ready)
-    if server.engine.statistics is not None:
-        server.metrics.engine_statistics(server.engine.statistics)
-    return TrioResponse(server.metrics.render(), content_type=CONTENT_TYPE)
+    """What Prometheus collects, in its text format: of all server processes, whichever is asked."""
+    system = System(
+        version=__version__,
+        started_at=server.config.started_at,
+        stage=stage_of(server)[0],
+        restarts=server.state.current.restarts,
+    )
+    text = exposition(server.metrics.model_labels, system, own_figures(server), await others(server.config))
+    return TrioResponse(text, content_type=CONTENT_TYPE)

@@ -3,6 +3,7 @@
 import math
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -14,6 +15,8 @@ from llmd.protocol.control import ChildFailed, ChildReady, Stage
 from llmd.server.app import create_app
 from llmd.server.context import Server, StateBoard
 from llmd.server.engine_client import EngineClient
+from llmd.server.exposition import own_figures
+from llmd.server.figures import leave_figures, left_before, without_gauges
 from llmd.server.metrics import Metrics
 from llmd.server.serving import CUT_GRACE, serve
 from llmd.server.text_model import load_text_model
@@ -28,16 +31,20 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
         config=config,
         state=StateBoard(),
         engine=EngineClient(config.engine_path),
-        metrics=Metrics(config.model.served_names[0]),
+        metrics=Metrics(config.model.served_names[0], server=str(config.index)),
     )
     if (endpoint := config.http.otlp_traces_endpoint) is not None:
         from llmd.server.tracing import Tracer
 
         server.tracer = Tracer(endpoint, server.state)
+    if (before := left_before(config)) is not None:
+        server.counted_before = without_gauges(before.counted)
+        server.engine.history = before.engine
     sockets = [socket.socket(fileno=fd) for fd in config.listen_fds]
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.engine.run)
+        nursery.start_soon(leave_figures, config, partial(own_figures, server))
         nursery.start_soon(_follow_state, server, control, stop, nursery.cancel_scope)
         nursery.start_soon(_load_text, server, control)
         await serve(create_app(server), config.http, sockets=sockets, stop=stop)

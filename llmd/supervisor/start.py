@@ -3,6 +3,7 @@
 import shutil
 import socket
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class Sockets:
     run_dir: Path  # private to this user; the unix sockets lie here
     servers: socket.socket  # where an engine accepts servers
     ranks: socket.socket  # where an engine accepts its ranks
+    opened_at: float  # unix time, seconds
 
     @classmethod
     def open(cls, http: tuple[socket.socket, ...]) -> "Sockets":
@@ -27,6 +29,7 @@ class Sockets:
             run_dir=run_dir,
             servers=listen_unix(run_dir / "servers.sock"),
             ranks=listen_unix(run_dir / "ranks.sock"),
+            opened_at=time.time(),
         )
 
     def close(self) -> None:
@@ -60,11 +63,11 @@ def start_first_children(config: Config, sockets: Sockets, *, model_dir: Path | 
     """Start everything that can start now. The slowest first: a worker has torch to import."""
     engine_group = start_engine_group(config, sockets, model_dir=str(model_dir)) if model_dir else None
     fetcher = None if model_dir else spawn(FetchConfig(model=config.model, log=config.log))
-    servers = tuple(start_server(config, sockets) for _ in range(config.http.num_frontends))
+    servers = tuple(start_server(config, sockets, index=index) for index in range(config.http.num_frontends))
     return FirstChildren(servers=servers, fetcher=fetcher, engine_group=engine_group)
 
 
-def start_server(config: Config, sockets: Sockets) -> Process:
+def start_server(config: Config, sockets: Sockets, *, index: int) -> Process:
     fds = tuple(listener.fileno() for listener in sockets.http)
     server = ServerConfig(
         model=config.model,
@@ -72,6 +75,9 @@ def start_server(config: Config, sockets: Sockets) -> Process:
         listen_fds=fds,
         engine_path=sockets.servers.getsockname(),
         log=config.log,
+        index=index,
+        figures_dir=str(sockets.run_dir),
+        started_at=sockets.opened_at,
     )
     return spawn(server, pass_fds=fds)
 

@@ -99,10 +99,10 @@ class _Supervisor:
     async def _keep_servers(self, first: FirstChildren) -> None:
         """Until all of them have drained."""
         async with trio.open_nursery() as nursery:
-            for server in first.servers:
-                nursery.start_soon(self._keep_server, server)
+            for index, server in enumerate(first.servers):
+                nursery.start_soon(self._keep_server, server, index)
 
-    async def _keep_server(self, server: Process) -> None:
+    async def _keep_server(self, server: Process, index: int) -> None:
         delay = _FIRST_DELAY
         while True:
             started = trio.current_time()
@@ -119,7 +119,7 @@ class _Supervisor:
             delay = _FIRST_DELAY if trio.current_time() - started > _HEALTHY_AFTER else min(2 * delay, _MAX_DELAY)
             self._terminal.line(f"a server process ended ({_exit_text(server)}); starting another")
             await trio.sleep(delay)
-            server = start_server(self._config, self._sockets)
+            server = start_server(self._config, self._sockets, index=index)
 
     async def _tell_state(self, server: Process, control: trio.SocketStream) -> None:
         """Send every change. A server that hears of the drain ends by itself, or is ended when its time is over."""

@@ -1,4 +1,4 @@
-"""What every route shares: errors, request names, health, metrics, and the documents about the API."""
+"""What every route shares: errors, request names, health, and the documents about the API."""
 
 import json
 import logging
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import trio
-from prometheus_client.parser import text_string_to_metric_families
 from quart import Response
 from trio.testing import trio_test
 
@@ -25,7 +24,7 @@ from llmd.errors import (
     Unavailable,
 )
 from llmd.protocol.control import Stage, SystemState
-from llmd.protocol.generation import EngineReady, EngineStatistics
+from llmd.protocol.generation import EngineReady
 from llmd.server import health
 from llmd.server.app import ROUTES, create_app
 from llmd.server.context import Server, StateBoard
@@ -35,6 +34,7 @@ from llmd.server.metrics import Metrics
 from tests.server.live import SOON
 
 NO_TEXT: Any = object()  # stands for a text model where only its presence matters
+READY = EngineReady(max_model_len=512, block_size=16, num_blocks=64, vocab_size=264)
 
 
 def make_server(**http: Any) -> Server:
@@ -179,20 +179,28 @@ async def test_health_tells_the_truth_at_every_stage() -> None:
         response = await client.get(path)
         return response.status_code, response.headers.get("retry-after"), json.loads(await response.get_data())
 
-    assert await ask() == (503, "1", {"status": "starting", "detail": "", "progress": None, "restarts": 0})
+    nothing = {"detail": "", "progress": None, "restarts": 0, "queue_age": 0.0}
+    assert await ask() == (503, "1", {**nothing, "status": "starting"})
     server.state.update(SystemState(stage=Stage.LOADING, detail="loading weights", progress=0.5))
-    loading = {"status": "loading", "detail": "loading weights", "progress": 0.5, "restarts": 0}
+    loading = {**nothing, "status": "loading", "detail": "loading weights", "progress": 0.5}
     assert await ask() == (503, "1", loading)
     assert await ask("/health/ready") == (503, "1", loading)
     assert (await ask("/health/live"))[0] == 200
     # the engine may be ready before this process is
     server.state.update(SystemState(stage=Stage.READY))
     assert (await ask())[0] == 503
-    server.text = NO_TEXT
-    assert await ask() == (200, None, {"status": "ok", "detail": "", "progress": None, "restarts": 0})
+    assert (await ask())[2]["detail"] == "loading the tokenizer"
+    server.text, server.engine.ready = NO_TEXT, READY
+    assert await ask() == (200, None, {**nothing, "status": "ok"})
+    # this process may know sooner than the supervisor that the engine is gone
+    server.engine.ready = None
+    lost = {**nothing, "status": "restarting", "detail": "the connection to the engine is lost"}
+    assert await ask() == await ask("/health/ready") == (503, "1", lost)
+    assert (await ask("/health/live"))[0] == 200
+    server.engine.ready = READY
     for stage in (Stage.RESTARTING, Stage.DRAINING):
         server.state.update(SystemState(stage=stage, restarts=1))
-        assert (await ask())[::2] == (503, {"status": stage, "detail": "", "progress": None, "restarts": 1})
+        assert (await ask())[::2] == (503, {**nothing, "status": stage, "restarts": 1})
     # nobody should wait for a failed server
     server.state.update(SystemState(stage=Stage.FAILED, detail="out of memory"))
     assert (await ask())[:2] == (503, None)
@@ -224,86 +232,6 @@ def test_no_request_begins_when_it_cannot_end(stage: Stage) -> None:
     server.state.update(SystemState(stage=stage, detail="because"))
     with pytest.raises(Unavailable):
         server.loaded_text()
-
-
-# --- metrics
-
-
-async def samples(server: Server) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    response = await client_of(server).get("/metrics")
-    assert response.content_type.startswith("text/plain; version=0.0.4")
-    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-    for family in text_string_to_metric_families((await response.get_data()).decode()):
-        for sample in family.samples:
-            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
-    return found
-
-
-OURS = (("engine", "0"), ("model_name", "tiny"))
-
-
-@trio_test
-async def test_engine_figures_have_vllms_names() -> None:
-    server = make_server()
-    assert "vllm:num_requests_running" not in await samples(server)
-    server.engine.ready = EngineReady(max_model_len=512, block_size=16, num_blocks=64, vocab_size=264)
-    server.engine.statistics = EngineStatistics(
-        num_running=3, num_waiting=2, num_blocks=64, num_free_blocks=16, num_steps=9, num_prompt_tokens=100,
-        num_output_tokens=50, num_preemptions=1, prefix_cache_queries=80, prefix_cache_hits=48,
-        step_tokens=[], step_tokens_sum=0,
-    )  # fmt: skip
-    found = await samples(server)
-    ours = {name: values[OURS] for name, values in found.items() if OURS in values}
-    expected = {
-        "vllm:num_requests_running": 3,
-        "vllm:num_requests_waiting": 2,
-        "vllm:kv_cache_usage_perc": 0.75,
-        "vllm:prompt_tokens_total": 100,
-        "vllm:generation_tokens_total": 50,
-        "vllm:num_preemptions_total": 1,
-        "vllm:prefix_cache_queries_total": 80,
-        "vllm:prefix_cache_hits_total": 48,
-    }
-    assert ours == {**ours, **expected}
-    layout = (("block_size", "16"), ("engine", "0"), ("max_model_len", "512"), ("model_name", "tiny"))
-    assert found["vllm:cache_config_info"] == {(*layout, ("num_gpu_blocks", "64")): 1}
-
-
-@trio_test
-async def test_request_figures() -> None:
-    server = make_server()
-    server.metrics.first_token(0.05)
-    server.metrics.inter_token(0.02)
-    server.metrics.finished(
-        "stop", prompt_tokens=10, output_tokens=5, e2e_seconds=2.0, n=1, max_tokens=64, first_token_seconds=1.0
-    )
-    server.metrics.finished("abort", prompt_tokens=10, output_tokens=0, e2e_seconds=2.0, n=1, max_tokens=64)
-    found = await samples(server)
-    assert found["vllm:time_to_first_token_seconds_bucket"][(*OURS[:1], ("le", "0.06"), *OURS[1:])] == 1
-    assert found["vllm:inter_token_latency_seconds_sum"][OURS] == 0.02
-    assert found["vllm:request_time_per_output_token_seconds_sum"][OURS] == 0.25
-    assert found["vllm:request_decode_time_seconds_sum"][OURS] == 1.0
-    assert found["vllm:e2e_request_latency_seconds_count"][OURS] == 2
-    assert found["vllm:request_prompt_tokens_sum"][OURS] == 20
-    assert found["vllm:request_generation_tokens_sum"][OURS] == 5
-    assert found["vllm:request_params_n_count"][OURS] == 2
-    assert found["vllm:request_params_max_tokens_sum"][OURS] == 128
-    for reason in ("stop", "abort"):
-        assert found["vllm:request_success_total"][(OURS[0], ("finished_reason", reason), OURS[1])] == 1
-
-
-@trio_test
-async def test_http_answers_are_counted_without_the_clients_words() -> None:
-    server = make_server()
-    client = client_of(server)
-    for method, path in [("GET", "/v1/models/a"), ("GET", "/v1/models/b"), ("GET", "/x"), ("BREW", "/x")]:
-        await client.open(path, method=method)
-    counted = (await samples(server))["http_requests_total"]
-    assert counted == {
-        (("handler", "/v1/models/<path:model_id>"), ("method", "GET"), ("status", "404")): 2,
-        (("handler", "none"), ("method", "GET"), ("status", "404")): 1,
-        (("handler", "none"), ("method", "other"), ("status", "404")): 1,
-    }
 
 
 # --- documents

@@ -39,7 +39,7 @@ async def go_on(app: Application, *, stall_after: int | None = None) -> None:
 async def rejections(app: Application) -> dict[str, float]:
     text = (await app.request("GET", "/metrics")).body.decode()
     found = re.findall(r'^vllm:admission_rejections_total\{.*reason="(\w+)".*\} (\S+)$', text, re.M)
-    return {reason: float(count) for reason, count in found}
+    return {reason: float(count) for reason, count in found if float(count)}
 
 
 def as_openai_sees(answered: Answered) -> openai.APIStatusError:
