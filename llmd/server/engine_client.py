@@ -19,7 +19,6 @@ from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import (
     CancelRequest,
     EngineReady,
-    EngineStatistics,
     EngineToServer,
     FinishReason,
     GenerateRequest,
@@ -176,8 +175,7 @@ class EngineClient:
         self._had_progress = False  # the engine of now has given somebody a token, or an end that needs none
         self.num_resumed = 0  # sequences handed to one more engine
         self.ready: EngineReady | None = None
-        self.statistics: EngineStatistics | None = None
-        self.history = EngineHistory()
+        self.history = EngineHistory()  # what the engines have counted
         self.backlog = Backlog()
 
     @property
@@ -265,7 +263,6 @@ class EngineClient:
                 self._submit_open()
             case StepEvents():
                 if message.statistics is not None:
-                    self.statistics = message.statistics
                     self.history = heard(self.history, message.statistics)
                 for request_id in message.started:
                     self._note_started(request_id)
