@@ -161,8 +161,8 @@ def _headline(picture: Picture) -> str:
 def _figure_lines(figures: Figures, restarts: int) -> Iterator[str]:
     yield "  " + " · ".join(_system_facts(figures, restarts))
     yield ""
-    oldest = f", the oldest for {_duration(figures.queue_age)}" if figures.queue_age else ""
-    yield _line("requests", f"{figures.running:,} running · {figures.waiting:,} waiting{oldest}")
+    longest = f" · longest wait for a first token {_duration(figures.queue_age)}" if figures.queue_age else ""
+    yield _line("requests", f"{figures.running:,} running · {figures.waiting:,} waiting{longest}")
     of_tokens = f" of {figures.cache_tokens:,} tokens" if figures.cache_tokens is not None else ""
     yield _line("KV cache", f"{_bar(figures.cache_usage)} {figures.cache_usage:4.0%}{of_tokens}")
     yield ""

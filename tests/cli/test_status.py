@@ -135,7 +135,7 @@ def test_a_busy_server() -> None:
 ● ready · tiny at http://host:8000 · llmd 0.1.0
   up 2 h 13 min · 1 engine restart · 2 server processes
 
-  requests     12 running · 3 waiting, the oldest for 800 ms
+  requests     12 running · 3 waiting · longest wait for a first token 800 ms
   KV cache     ██████████████░░░░░░░░░░░░░░░░  48% of 32,768 tokens
 
   last 10 s
