@@ -67,6 +67,10 @@ class HttpConfig(Struct, frozen=True, kw_only=True):
     allowed_origins: tuple[str, ...] = ()  # of pages in a browser (CORS); "*" = all, none = no CORS
     sse_keep_alive: float = 15 * SECONDS  # between comments in a stream that has nothing to say; 0 = none
     otlp_traces_endpoint: str | None = None  # URL that takes OpenTelemetry spans
+    # PEM files, read again when they change; no certificate = no TLS
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None  # None = the key lies in the certfile
+    ssl_ca_certs: str | None = None  # clients must show a certificate that one of these has signed
 
 
 class LogConfig(Struct, frozen=True, kw_only=True):

@@ -118,6 +118,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
     _add_http_flags(parser.add_argument_group("HTTP"))
     _add_door_flags(parser.add_argument_group("keys and browsers"))
     _add_log_flags(parser.add_argument_group("logs and tracing"))
+    _add_tls_flags(parser.add_argument_group("TLS"))
 
 
 def _add_model_flags(model: argparse._ArgumentGroup) -> None:
@@ -289,6 +290,25 @@ def _add_log_flags(logs: argparse._ArgumentGroup) -> None:
         "--otlp-traces-endpoint",
         metavar="URL",
         help="send an OpenTelemetry span of each request there, e.g. http://localhost:4318/v1/traces; needs llmd[otel]",
+    )
+
+
+def _add_tls_flags(tls: argparse._ArgumentGroup) -> None:
+    tls.add_argument(
+        "--ssl-certfile",
+        metavar="FILE",
+        help="serve https (HTTP/2 and HTTP/1.1) with this certificate: PEM, the server's own first, then those between "
+        "it and a root; read again when it changes, as are the next two",
+    )
+    tls.add_argument(
+        "--ssl-keyfile",
+        metavar="FILE",
+        help="its private key: PEM, not encrypted (default: it lies in --ssl-certfile)",
+    )
+    tls.add_argument(
+        "--ssl-ca-certs",
+        metavar="FILE",
+        help="mutual TLS: let in only clients that show a certificate which one of these has signed",
     )
 
 

@@ -71,7 +71,11 @@ def resolve(flags: argparse.Namespace) -> Config:
         allowed_origins=tuple(_origin(text) for text in flags.allowed_origins or []),
         sse_keep_alive=flags.sse_keep_alive,
         otlp_traces_endpoint=_otlp_traces_endpoint(flags.otlp_traces_endpoint),
+        ssl_certfile=flags.ssl_certfile,
+        ssl_keyfile=flags.ssl_keyfile,
+        ssl_ca_certs=flags.ssl_ca_certs,
     )
+    _check_tls(http)
     return Config(model=model, cache=cache, scheduler=scheduler, http=http, log=log_config(flags))
 
 
@@ -159,6 +163,24 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _check_tls(http: HttpConfig) -> None:
+    """The servers read these files themselves; who starts one hears here what is wrong with them."""
+    if http.ssl_certfile is None:
+        for flag, file in (("--ssl-keyfile", http.ssl_keyfile), ("--ssl-ca-certs", http.ssl_ca_certs)):
+            if file is not None:
+                raise StartupFailed(f"{flag} {file} needs a certificate: give it with --ssl-certfile")
+        return
+    # most servers run without TLS, and start without waiting for its import
+    from llmd.server.tls import TlsFiles, load_context
+
+    files = TlsFiles.of(http)
+    assert files is not None
+    try:
+        load_context(files)
+    except ValueError as error:
+        raise StartupFailed(str(error)) from error
 
 
 def _step_tokens(device: str) -> int:

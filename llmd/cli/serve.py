@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from llmd import __version__
+from llmd.config import HttpConfig
 from llmd.errors import StartupFailed
 from llmd.supervisor.processes import listen_tcp
 from llmd.supervisor.unix_socket import listening_unix_socket
@@ -34,7 +35,7 @@ def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
     configure_logging(config.log, process="supervisor")
     model_dir = find_ready(config.model.source, revision=config.model.revision, cache_dir=Path(config.model.cache_dir))
     log = logging.getLogger(__name__)
-    log.info("llmd %s · %s · %s", __version__, config.model.served_names[0], _address(listener))
+    log.info("llmd %s · %s · %s", __version__, config.model.served_names[0], _address(listener, config.http))
     if config.log.requests:
         log.warning("prompts are logged, up to %d characters of each (--enable-log-requests)", config.log.max_len)
     sockets = Sockets.open((listener,))
@@ -69,11 +70,13 @@ def _listening(flags: argparse.Namespace) -> AbstractContextManager[socket.socke
     return _listen(flags.host, flags.port)
 
 
-def _address(listener: socket.socket) -> str:
+def _address(listener: socket.socket, http: HttpConfig) -> str:
+    is_encrypted = http.ssl_certfile is not None
     if listener.family == socket.AF_UNIX:
-        return f"unix:{listener.getsockname()}"
+        return f"unix:{listener.getsockname()}" + (" (https)" if is_encrypted else "")
+    scheme = "https" if is_encrypted else "http"
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:

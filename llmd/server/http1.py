@@ -12,7 +12,8 @@ from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
 from werkzeug.exceptions import BadRequest, HTTPException, default_exceptions
 
-from llmd.server.error_handlers import render
+from llmd.server.error_handlers import Rendered, render
+from llmd.server.request_headers import request_name
 
 # bytes that a client may send ahead of the answer that it still waits for
 MAX_PIPELINED = 1 << 16
@@ -34,11 +35,12 @@ class Http1Protocol(H11Protocol):
         context: WorkerContext,
         tasks: TaskGroup,
         state: ConnectionState,
+        is_encrypted: bool,
         client: tuple[str, int] | None,
         server: tuple[str, int] | None,
         send: Callable[[Event], Awaitable[None]],
     ) -> None:
-        super().__init__(app, config, context, tasks, state, False, client, server, send)
+        super().__init__(app, config, context, tasks, state, is_encrypted, client, server, send)
         self._closed = False
         # the reader and the end of a request both parse what has come in
         self._parsing = trio.Lock()
@@ -101,15 +103,26 @@ class Http1Protocol(H11Protocol):
 
     async def _send_error(self, error: HTTPException) -> None:
         rendered = render(error)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(rendered.body)),
-            (b"connection", b"close"),
-        ]
-        headers = list(chain(headers, self.config.response_headers("h11")))
+        headers = list(chain(_refusal_headers(rendered), self.config.response_headers("h11")))
         await self._send_h11_event(h11.Response(status_code=rendered.status, headers=headers))
         await self._send_h11_event(h11.Data(data=rendered.body))
         await self._send_h11_event(h11.EndOfMessage())
+
+
+def refusal(error: HTTPException) -> bytes:
+    """The whole answer to somebody with whom there is no connection to speak of."""
+    rendered = render(error)
+    lines = [b"%b: %b\r\n" % header for header in _refusal_headers(rendered)]
+    return b"HTTP/1.1 %d \r\n%b\r\n%b" % (rendered.status, b"".join(lines), rendered.body)
+
+
+def _refusal_headers(rendered: Rendered) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(rendered.body)),
+        (b"x-request-id", request_name().encode()),
+        (b"connection", b"close"),
+    ]
 
 
 def _check(request: h11.Request) -> None:

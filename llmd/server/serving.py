@@ -1,7 +1,6 @@
 """Serves an application on listening sockets: accepts, reads, writes, and ends in good order. Knows no route."""
 
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -15,21 +14,23 @@ from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
+from werkzeug.exceptions import BadRequest
 
 from llmd.config import SECONDS, HttpConfig
 from llmd.server.connection import OpenRequests
-from llmd.server.http1 import Http1Protocol
+from llmd.server.http1 import Http1Protocol, refusal
+from llmd.server.http2 import Http2Protocol
+from llmd.server.tls import Certificates, HandshakeFailed, PlainHttp, TlsFiles, TlsTransport
+from llmd.server.transport import SocketTransport, Transport
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
-# bytes read at once
-MAX_RECEIVE = 1 << 16
+# for a client to agree on TLS
+HANDSHAKE_TIMEOUT = 10 * SECONDS
 # for a client to read the answer before its unread upload makes the kernel reset the connection
 LINGER = 2 * SECONDS
 # for the last words of what a shutdown cuts short
 CUT_GRACE = 1 * SECONDS
-# writes without a checkpoint, before other tasks must get their turn
-MAX_DIRECT_WRITES = 32
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +52,15 @@ async def serve(
     connections: set[_Connection] = set()
     context = WorkerContext(max_requests=None)
     wrapped_app, hypercorn_config = ASGIWrapper(app), _hypercorn_config(config)
+    tls_files = TlsFiles.of(config)
+    certificates = Certificates(tls_files) if tls_files is not None else None
 
     async def serve_connection(stream: trio.SocketStream) -> None:
-        connection = _Connection(wrapped_app, hypercorn_config, context, stream, config, open_requests)
+        connection = _Connection(
+            *(wrapped_app, hypercorn_config, context, stream, config),
+            certificates=certificates,
+            open_requests=open_requests,
+        )
         connections.add(connection)
         try:
             await connection.run()
@@ -69,7 +76,7 @@ async def serve(
         await stop.wait()
         await context.terminated.set()
         for connection in connections:
-            connection.close_if_idle()
+            connection.drain()
         with trio.move_on_after(config.drain_timeout):
             await open_requests.wait_none()
         open_requests.cut_all()
@@ -101,21 +108,24 @@ class _Connection:
         context: WorkerContext,
         stream: trio.SocketStream,
         config: HttpConfig,
+        *,
+        certificates: Certificates | None,
         open_requests: OpenRequests,
     ) -> None:
         self._app = app
         self._hypercorn_config = hypercorn_config
         self._context = context
-        self._stream = stream
         self._socket = stream.socket
+        self._certificates = certificates
         self._keep_alive_timeout = config.keep_alive_timeout
         self._write_timeout = config.write_timeout
         self._state = ConnectionState({"open_requests": open_requests})
-        self._protocol: Http1Protocol
+        self._transport: Transport = SocketTransport(
+            stream, write_timeout=config.write_timeout, on_cut_off=self._note_cut_off
+        )
+        self._protocol: Http1Protocol | Http2Protocol | None = None
         # around the reader; its deadline is how long the connection may be idle
         self._reading = trio.CancelScope()
-        self._writing = trio.Lock()
-        self._num_direct_writes = 0
         self._idle = True
         self._ending = False
 
@@ -128,21 +138,64 @@ class _Connection:
             return
         try:
             async with TaskGroup() as tasks:
-                self._protocol = self._make_protocol(tasks, client=client, server=server)
-                self._note_idle(True)
-                with self._reading:
+                with self._reading, suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    alpn_protocol = await self._begin()
+                    if not self._ending:
+                        make = self._make_http2 if alpn_protocol == "h2" else self._make_http1
+                        self._protocol = make(tasks, client=client, server=server)
+                        self._note_idle(True)
                     await self._read()
                 # who still works for this client hears that it is gone
-                await self._protocol.handle(Closed())
+                if self._protocol is not None:
+                    await self._protocol.handle(Closed())
         finally:
-            self._socket.close()
+            self._transport.close()
 
-    def close_if_idle(self) -> None:
+    def drain(self) -> None:
+        """No more requests: close now if none runs, else after the answers."""
         if self._idle:
             self._reading.cancel()
+        elif isinstance(self._protocol, Http2Protocol):
+            self._protocol.drain()
 
-    def _make_protocol(self, tasks: TaskGroup, *, client: Any, server: Any) -> Http1Protocol:
+    async def _begin(self) -> str | None:
+        """Encrypt from here on, if that is wanted. Returns what the client wants to speak, if it says."""
+        if self._certificates is None:
+            return None
+        assert isinstance(self._transport, SocketTransport)
+        self._reading.deadline = trio.current_time() + min(HANDSHAKE_TIMEOUT, self._keep_alive_timeout)
+        context = self._certificates.context()
+        if context is None:
+            raise trio.BrokenResourceError
+        tls = TlsTransport(context, self._transport)
+        try:
+            await tls.handshake()
+        except PlainHttp:
+            error = BadRequest("This port speaks HTTPS: ask again with https:// before its name.")
+            await self._transport.send(refusal(error))
+            await self._end()
+        except HandshakeFailed as error:
+            _log.debug("a TLS handshake failed: %s", error)
+            await self._end()
+        else:
+            self._transport = tls
+        return tls.alpn_protocol
+
+    def _make_http1(self, tasks: TaskGroup, *, client: Any, server: Any) -> Http1Protocol:
         return Http1Protocol(
+            self._app,
+            self._hypercorn_config,
+            context=self._context,
+            tasks=tasks,
+            state=self._state,
+            is_encrypted=self._certificates is not None,
+            client=parse_socket_addr(self._socket.family, client),
+            server=parse_socket_addr(self._socket.family, server),
+            send=self._send,
+        )
+
+    def _make_http2(self, tasks: TaskGroup, *, client: Any, server: Any) -> Http2Protocol:
+        return Http2Protocol(
             self._app,
             self._hypercorn_config,
             context=self._context,
@@ -151,83 +204,41 @@ class _Connection:
             client=parse_socket_addr(self._socket.family, client),
             server=parse_socket_addr(self._socket.family, server),
             send=self._send,
+            write_timeout=self._write_timeout,
         )
 
     async def _read(self) -> None:
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while data := bytes(await self._stream.receive_some(MAX_RECEIVE)):
-                # after the last answer, reading on only lets the client finish its upload and read
-                if not self._ending:
-                    await self._protocol.handle(RawData(data))
-            if not self._ending:
-                await self._protocol.handle(RawData(b""))
+        while data := await self._transport.receive():
+            # after the last answer, reading on only lets the client finish its upload and read
+            if self._protocol is not None and not self._ending:
+                await self._protocol.handle(RawData(data))
+        if self._protocol is not None and not self._ending:
+            await self._protocol.handle(RawData(b""))
 
     async def _send(self, event: Event) -> None:
         """What the protocol wants of the connection."""
         match event:
             case RawData(data=data):
-                await self._write(data)
+                await self._transport.send(data)
             case Updated(idle=idle):
                 self._note_idle(idle)
             case Closed():
-                self._end()
+                await self._end()
+                assert self._protocol is not None
                 await self._protocol.handle(Closed())
 
     def _note_idle(self, idle: bool) -> None:
+        if self._ending:
+            return
         self._idle = idle
         self._reading.deadline = trio.current_time() + self._keep_alive_timeout if idle else float("inf")
 
-    def _end(self) -> None:
+    async def _end(self) -> None:
         """No more answers: the client sees the end of the stream, and has a moment to close its side."""
         self._ending = True
         self._reading.deadline = trio.current_time() + LINGER
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+        await self._transport.end()
 
-    async def _write(self, data: bytes) -> None:
-        """Hand bytes to the kernel: at once if it has room, else as the client reads. In order, also among tasks.
-
-        A client that takes nothing for the write timeout is cut off; so is one to whom a cancelled writer left half a
-        message. After that, writes do nothing, and the request hears of it through its disconnect.
-        """
-        if self._writing.locked():
-            rest: bytes | memoryview = data
-        else:
-            rest = self._write_now(data)
-        if not rest:
-            await self._give_way()
-            return
-        try:
-            async with self._writing:
-                while rest := self._write_now(rest):
-                    with trio.fail_after(self._write_timeout):
-                        await trio.lowlevel.wait_writable(self._socket)
-        except (trio.TooSlowError, trio.ClosedResourceError):
-            self._cut_off()
-        except trio.Cancelled:
-            self._cut_off()
-            raise
-
-    def _write_now(self, data: bytes | memoryview) -> bytes | memoryview:
-        """Write what the kernel takes; returns what it did not. Nothing is left over if the client is gone."""
-        try:
-            written = os.write(self._socket.fileno(), data)
-        except BlockingIOError:
-            return data
-        except OSError:
-            self._cut_off()
-            return b""
-        return memoryview(data)[written:]
-
-    async def _give_way(self) -> None:
-        """A checkpoint for cancellation always, and for the other tasks now and then: a full one costs as a write."""
-        self._num_direct_writes += 1
-        if self._num_direct_writes % MAX_DIRECT_WRITES == 0:
-            await trio.lowlevel.checkpoint()
-        else:
-            await trio.lowlevel.checkpoint_if_cancelled()
-
-    def _cut_off(self) -> None:
+    def _note_cut_off(self) -> None:
         self._ending = True
-        self._socket.close()
         self._reading.cancel()
