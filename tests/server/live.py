@@ -2,16 +2,22 @@
 
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import trio
 
 from llmd.config import HttpConfig
 from llmd.server.serving import serve
+from tests.server.certificates import shared_certificates
+
+# with or without TLS
+Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
 # for what must happen soon; generous, because the machine may be busy
 SOON = 10.0
@@ -22,8 +28,19 @@ class LiveServer:
     port: int
     stop: trio.Event
     stopped: trio.Event  # `serve` has returned
+    client_context: ssl.SSLContext | None = None  # None = it speaks HTTP without TLS
 
-    async def connect(self, *, receive_buffer: int | None = None) -> trio.SocketStream:
+    async def connect(self, *, receive_buffer: int | None = None) -> Stream:
+        """A connection, after the handshake if there is one."""
+        stream = await self.connect_socket(receive_buffer=receive_buffer)
+        if self.client_context is None:
+            return stream
+        encrypted = trio.SSLStream(stream, self.client_context, server_hostname="localhost", https_compatible=True)
+        with trio.fail_after(SOON):
+            await encrypted.do_handshake()
+        return encrypted
+
+    async def connect_socket(self, *, receive_buffer: int | None = None) -> trio.SocketStream:
         client = trio.socket.socket()
         if receive_buffer is not None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -38,20 +55,28 @@ class LiveServer:
 
 
 @asynccontextmanager
-async def live_server(app: Any, config: HttpConfig | None = None) -> AsyncIterator[LiveServer]:
+async def live_server(app: Any, config: HttpConfig | None = None, *, tls: bool = False) -> AsyncIterator[LiveServer]:
     """The application on a port of its own; on leaving, the server has stopped."""
+    config = config or HttpConfig()
+    client_context = None
+    if tls:
+        certificates = shared_certificates()
+        client_context = certificates.client_context()
+        config = msgspec.structs.replace(
+            config, ssl_certfile=str(certificates.certfile), ssl_keyfile=str(certificates.keyfile)
+        )
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     # so that a client that does not read is felt soon
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
     stop, stopped = trio.Event(), trio.Event()
 
     async def run(task_status: trio.TaskStatus[None]) -> None:
-        await serve(app, config or HttpConfig(), sockets=[listener], stop=stop, task_status=task_status)
+        await serve(app, config, sockets=[listener], stop=stop, task_status=task_status)
         stopped.set()
 
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
-        yield LiveServer(listener.getsockname()[1], stop, stopped)
+        yield LiveServer(listener.getsockname()[1], stop, stopped, client_context)
         nursery.cancel_scope.cancel()
 
 
@@ -69,7 +94,7 @@ def http_request(
 CLOSE = "Connection: close\r\n"
 
 
-async def read_all(stream: trio.SocketStream) -> bytes:
+async def read_all(stream: Stream) -> bytes:
     """Until the server closes; a reset counts as that."""
     data = bytearray()
     with trio.fail_after(SOON):
@@ -81,7 +106,7 @@ async def read_all(stream: trio.SocketStream) -> bytes:
     return bytes(data)
 
 
-async def read_until(stream: trio.SocketStream, end: bytes) -> bytes:
+async def read_until(stream: Stream, end: bytes) -> bytes:
     data = b""
     with trio.fail_after(SOON):
         while end not in data:
@@ -91,10 +116,11 @@ async def read_until(stream: trio.SocketStream, end: bytes) -> bytes:
     return data
 
 
-def reset(stream: trio.SocketStream) -> None:
+def reset(stream: Stream) -> None:
     """Close so that the server gets an RST instead of a FIN."""
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    stream.socket.close()
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    transport.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.socket.close()
 
 
 async def until(condition: Any) -> None:

@@ -8,10 +8,10 @@ import trio.testing
 from trio.testing import trio_test
 
 from llmd.server.http1 import Http1Protocol
+from tests.server.conftest import Serving
 from tests.server.live import (
     CLOSE,
     http_request,
-    live_server,
     parse_answer,
     read_all,
     read_until,
@@ -30,9 +30,9 @@ WEBSOCKET = (
 
 @pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET])
 @trio_test
-async def test_upgrade_is_ignored(upgrade: str) -> None:
+async def test_upgrade_is_ignored(serving: Serving, upgrade: str) -> None:
     """An h2c upgrade with malformed settings raised through the connection into the listener: the server was gone."""
-    async with live_server(SmallApp().app) as server, await server.connect() as stream:
+    async with serving(SmallApp().app) as server, await server.connect() as stream:
         await stream.send_all(http_request("/quick", headers=upgrade))
         assert parse_answer(await read_until(stream, b'{"ok":true}')).status == 200
         # and it goes on in the same protocol
@@ -41,8 +41,8 @@ async def test_upgrade_is_ignored(upgrade: str) -> None:
 
 
 @trio_test
-async def test_http2_by_prior_knowledge_is_refused() -> None:
-    async with live_server(SmallApp().app) as server:
+async def test_http2_by_prior_knowledge_is_refused(serving: Serving) -> None:
+    async with serving(SmallApp().app) as server:
         answer = parse_answer(await server.say(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9)))
         assert answer.status == 505
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -66,10 +66,10 @@ SMUGGLED = "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n"
     ],
 )  # fmt: skip
 @trio_test
-async def test_bad_http_gets_an_error_object(request_bytes: bytes, status: int) -> None:
+async def test_bad_http_gets_an_error_object(serving: Serving, request_bytes: bytes, status: int) -> None:
     """Hypercorn answers these with an empty body, which the `openai` package cannot show."""
     small = SmallApp()
-    async with live_server(small.app) as server:
+    async with serving(small.app) as server:
         answer = parse_answer(await server.say(request_bytes))
         assert answer.status == status
         error = answer.json()["error"]
@@ -80,7 +80,7 @@ async def test_bad_http_gets_an_error_object(request_bytes: bytes, status: int) 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @trio_test
-async def test_too_large_upload_is_told_so(framing: str) -> None:
+async def test_too_large_upload_is_told_so(serving: Serving, framing: str) -> None:
     """Closing on a client that still uploads makes its kernel throw the answer away; so the upload is read on.
 
     Quart 0.23 looks at the size of a chunked body only at its end, which here never comes.
@@ -89,24 +89,24 @@ async def test_too_large_upload_is_told_so(framing: str) -> None:
     body = b"z" * size if framing == "length" else b"%x\r\n%b\r\n" % (size, b"z" * size)
     header = f"Content-Length: {size}\r\n" if framing == "length" else "Transfer-Encoding: chunked\r\n"
     header += "Content-Type: application/json\r\n"
-    async with live_server(SmallApp(max_body_bytes=1000).app) as server:
+    async with serving(SmallApp(max_body_bytes=1000).app) as server:
         answer = parse_answer(await server.say(http_request("/echo", method="POST", headers=header) + body))
         assert answer.status == 413
         assert "1000 bytes" in answer.json()["error"]["message"]
 
 
 @trio_test
-async def test_body_that_does_not_come_in_time_gets_408() -> None:
-    async with live_server(SmallApp(body_timeout=0.05).app) as server:
+async def test_body_that_does_not_come_in_time_gets_408(serving: Serving) -> None:
+    async with serving(SmallApp(body_timeout=0.05).app) as server:
         answer = parse_answer(await server.say(http_request("/echo", {"a": 1}, headers=CLOSE)[:-2]))
         assert answer.status == 408
         assert answer.json()["error"]["code"] == "request_timeout"
 
 
 @trio_test
-async def test_expect_100_continue() -> None:
+async def test_expect_100_continue(serving: Serving) -> None:
     """curl asks before it sends a large body."""
-    async with live_server(SmallApp().app) as server, await server.connect() as stream:
+    async with serving(SmallApp().app) as server, await server.connect() as stream:
         head, _, body = http_request("/echo", {"a": 1}, headers="Expect: 100-continue\r\n").partition(b"\r\n\r\n")
         await stream.send_all(head + b"\r\n\r\n")
         assert (await read_until(stream, b"\r\n\r\n")).startswith(b"HTTP/1.1 100")
@@ -139,14 +139,14 @@ def mutate(chance: random.Random, data: bytearray) -> None:
 
 
 @trio_test
-async def test_a_connection_that_fails_takes_nobody_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_fails_takes_nobody_with_it(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hypercorn runs every connection in the listener's nursery: what one raises ends them all."""
 
     async def fail(*arguments: object) -> None:
         raise ExceptionGroup("two at once", [ValueError("bug"), KeyError("bug")])
 
     small = SmallApp()
-    async with live_server(small.app) as server, await server.connect() as neighbour:
+    async with serving(small.app) as server, await server.connect() as neighbour:
         await neighbour.send_all(http_request("/hang"))
         await until(small.is_working)
         with monkeypatch.context() as patched:
@@ -157,11 +157,11 @@ async def test_a_connection_that_fails_takes_nobody_with_it(monkeypatch: pytest.
 
 
 @trio_test
-async def test_garbage_leaves_nothing_behind() -> None:
+async def test_garbage_leaves_nothing_behind(serving: Serving) -> None:
     """Fuzzing is what found the h2c crash. Fixed seed, so a failure can be repeated."""
     chance = random.Random(1)
     small = SmallApp()
-    async with live_server(small.app) as server:
+    async with serving(small.app) as server:
         tasks = num_tasks()
         for _ in range(300):
             data = bytearray(chance.choice(SEEDS))

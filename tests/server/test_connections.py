@@ -10,6 +10,7 @@ import trio.testing
 from trio.testing import trio_test
 
 from llmd.config import HttpConfig
+from tests.server.conftest import Serving
 from tests.server.live import (
     CLOSE,
     SOON,
@@ -27,9 +28,9 @@ from tests.server.small_app import EVENT, SmallApp, assert_answers, num_tasks
 @pytest.mark.parametrize("path", ["/quick", "/stream?count=3", "/missing"])
 @pytest.mark.parametrize(("headers", "version"), [(CLOSE, "1.1"), ("", "1.0")])
 @trio_test
-async def test_server_closes_when_the_client_asked(path: str, headers: str, version: str) -> None:
+async def test_server_closes_when_the_client_asked(serving: Serving, path: str, headers: str, version: str) -> None:
     """Quart-Trio cancelled the code that closes the connection, from inside the last `send`: no EOF, for ever."""
-    async with live_server(SmallApp().app) as server:
+    async with serving(SmallApp().app) as server:
         answer = await server.say(http_request(path, headers=headers, version=version))
         assert answer.startswith(b"HTTP/1.1 404" if path == "/missing" else b"HTTP/1.1 200")
 
@@ -59,15 +60,15 @@ async def test_disconnect_from_inside_the_last_send_does_not_cancel_it() -> None
     "first", [b"", b"GET /x HTTP/1.1\r\nHo", http_request("/quick"), http_request("/stream?count=2")]
 )
 @trio_test
-async def test_idle_connection_is_closed(first: bytes) -> None:
+async def test_idle_connection_is_closed(serving: Serving, first: bytes) -> None:
     """The same cancellation left the keep-alive timer unarmed: connections stayed open after their first request."""
-    async with live_server(SmallApp().app, HttpConfig(keep_alive_timeout=0.1)) as server:
+    async with serving(SmallApp().app, HttpConfig(keep_alive_timeout=0.1)) as server:
         await server.say(first)
 
 
 @trio_test
-async def test_keep_alive_serves_many_requests() -> None:
-    async with live_server(SmallApp().app) as server, await server.connect() as stream:
+async def test_keep_alive_serves_many_requests(serving: Serving) -> None:
+    async with serving(SmallApp().app) as server, await server.connect() as stream:
         for _ in range(20):
             await stream.send_all(http_request("/echo", {"a": 1}))
             assert await read_until(stream, b'{"a": 1}')
@@ -76,8 +77,8 @@ async def test_keep_alive_serves_many_requests() -> None:
 
 
 @trio_test
-async def test_pipelined_requests_are_answered_in_order() -> None:
-    async with live_server(SmallApp().app) as server:
+async def test_pipelined_requests_are_answered_in_order(serving: Serving) -> None:
+    async with serving(SmallApp().app) as server:
         bodies = [{"i": i} for i in range(10)]
         sent = b"".join(http_request("/echo", body) for body in bodies) + http_request("/quick", headers=CLOSE)
         answer = await server.say(sent)
@@ -87,9 +88,9 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
 
 @trio_test
-async def test_stream_outlives_the_response_timeout() -> None:
+async def test_stream_outlives_the_response_timeout(serving: Serving) -> None:
     """Quart cuts a response after RESPONSE_TIMEOUT (60 s, here 0.05 s), without an error or a last chunk."""
-    async with live_server(SmallApp().app) as server:
+    async with serving(SmallApp().app) as server:
         answer = await server.say(http_request("/stream?count=3&pause=0.1", headers=CLOSE))
         assert answer.count(EVENT) == 3
         assert answer.endswith(b"0\r\n\r\n")
@@ -99,10 +100,10 @@ async def test_stream_outlives_the_response_timeout() -> None:
 @pytest.mark.parametrize("pipelined", [b"", http_request("/quick")])
 @pytest.mark.parametrize("path", ["/wait", "/hang"])
 @trio_test
-async def test_client_that_leaves_is_not_worked_for(path: str, pipelined: bytes, leave: str) -> None:
+async def test_client_that_leaves_is_not_worked_for(serving: Serving, path: str, pipelined: bytes, leave: str) -> None:
     """With a second request pipelined the reader waited for its turn and saw neither FIN nor RST: tasks leaked."""
     small = SmallApp()
-    async with live_server(small.app) as server:
+    async with serving(small.app) as server:
         tasks = num_tasks()
         stream = await server.connect()
         await stream.send_all(http_request(path) + pipelined)
@@ -117,12 +118,12 @@ async def test_client_that_leaves_is_not_worked_for(path: str, pipelined: bytes,
 
 
 @trio_test
-async def test_pipelined_requests_in_pieces() -> None:
+async def test_pipelined_requests_in_pieces(serving: Serving) -> None:
     """However the bytes of many requests arrive, each is answered once and in order."""
     chance = random.Random(2)
     bodies = [{"i": i, "filling": "y" * chance.randrange(300)} for i in range(100)]
     sent = b"".join(http_request("/echo", body) for body in bodies) + http_request("/quick", headers=CLOSE)
-    async with live_server(SmallApp().app) as server, await server.connect() as stream, trio.open_nursery() as nursery:
+    async with serving(SmallApp().app) as server, await server.connect() as stream, trio.open_nursery() as nursery:
 
         async def send_in_pieces() -> None:
             start = 0
@@ -139,10 +140,10 @@ async def test_pipelined_requests_in_pieces() -> None:
 
 
 @trio_test
-async def test_client_that_leaves_between_two_pipelined_requests() -> None:
+async def test_client_that_leaves_between_two_pipelined_requests(serving: Serving) -> None:
     """A request that was parsed just after its client had left would run for nobody, and never hear of it."""
     small = SmallApp()
-    async with live_server(small.app) as server:
+    async with serving(small.app) as server:
         tasks = num_tasks()
         for num_steps in range(100):
             async with await server.connect() as stream:
@@ -154,7 +155,7 @@ async def test_client_that_leaves_between_two_pipelined_requests() -> None:
 
 
 @trio_test
-async def test_client_that_pipelines_without_end_is_held_back() -> None:
+async def test_client_that_pipelines_without_end_is_held_back(serving: Serving) -> None:
     """What it sends ahead is not kept without bound; and when it leaves, nothing stays."""
     small = SmallApp()
     taken_in = False
@@ -165,7 +166,7 @@ async def test_client_that_pipelines_without_end_is_held_back() -> None:
         await stream.send_all(http_request("/quick") * 500_000)
         taken_in = True
 
-    async with live_server(small.app) as server, trio.open_nursery() as nursery:
+    async with serving(small.app) as server, trio.open_nursery() as nursery:
         stream = await server.connect()
         await stream.send_all(http_request("/flood"))
         await until(small.is_working)
@@ -179,10 +180,10 @@ async def test_client_that_pipelines_without_end_is_held_back() -> None:
 
 
 @trio_test
-async def test_client_that_does_not_read_is_cut() -> None:
+async def test_client_that_does_not_read_is_cut(serving: Serving) -> None:
     """Hypercorn's send is shielded and has no time limit: such a client could not be got rid of."""
     small = SmallApp()
-    async with live_server(small.app, HttpConfig(write_timeout=0.1)) as server:
+    async with serving(small.app, HttpConfig(write_timeout=0.1)) as server:
         stream = await server.connect(receive_buffer=2048)
         await stream.send_all(http_request("/flood"))
         await until(lambda: small.cancelled)
@@ -191,10 +192,10 @@ async def test_client_that_does_not_read_is_cut() -> None:
 
 
 @trio_test
-async def test_client_that_does_not_read_does_not_hold_up_the_shutdown() -> None:
+async def test_client_that_does_not_read_does_not_hold_up_the_shutdown(serving: Serving) -> None:
     """…and the shutdown waited until that client left."""
     small = SmallApp()
-    async with live_server(small.app, HttpConfig(write_timeout=1000, drain_timeout=0.1)) as server:
+    async with serving(small.app, HttpConfig(write_timeout=1000, drain_timeout=0.1)) as server:
         stream = await server.connect(receive_buffer=2048)
         await stream.send_all(http_request("/flood"))
         await until(small.is_working)
@@ -209,10 +210,10 @@ async def test_client_that_does_not_read_does_not_hold_up_the_shutdown() -> None
 
 
 @trio_test
-async def test_slow_reader_gets_everything() -> None:
+async def test_slow_reader_gets_everything(serving: Serving) -> None:
     """The write timeout is for a client that takes nothing, not for one that takes long."""
     small = SmallApp()
-    async with live_server(small.app, HttpConfig(write_timeout=0.3)) as server:
+    async with serving(small.app, HttpConfig(write_timeout=0.3)) as server:
         stream = await server.connect(receive_buffer=2048)
         await stream.send_all(http_request("/echo", "y" * 300_000, headers=CLOSE))
         received = bytearray()
@@ -225,9 +226,9 @@ async def test_slow_reader_gets_everything() -> None:
 
 
 @trio_test
-async def test_shutdown_closes_idle_connections_at_once() -> None:
+async def test_shutdown_closes_idle_connections_at_once(serving: Serving) -> None:
     small = SmallApp()
-    async with live_server(small.app) as server:
+    async with serving(small.app) as server:
         fresh, idle, busy = await server.connect(), await server.connect(), await server.connect()
         await idle.send_all(http_request("/quick"))
         await read_until(idle, b'{"ok":true}')
@@ -240,8 +241,8 @@ async def test_shutdown_closes_idle_connections_at_once() -> None:
 
 
 @trio_test
-async def test_shutdown_finishes_what_runs() -> None:
-    async with live_server(SmallApp().app) as server, await server.connect() as busy:
+async def test_shutdown_finishes_what_runs(serving: Serving) -> None:
+    async with serving(SmallApp().app) as server, await server.connect() as busy:
         await busy.send_all(http_request("/stream?count=5&pause=0.05"))
         await read_until(busy, EVENT)
         server.stop.set()
@@ -253,10 +254,10 @@ async def test_shutdown_finishes_what_runs() -> None:
 
 
 @trio_test
-async def test_shutdown_ends_what_takes_too_long_with_an_error() -> None:
+async def test_shutdown_ends_what_takes_too_long_with_an_error(serving: Serving) -> None:
     """Every accepted request ends once: with its answer or with an error object, never with silence."""
     small = SmallApp()
-    async with live_server(small.app, HttpConfig(drain_timeout=0.1)) as server:
+    async with serving(small.app, HttpConfig(drain_timeout=0.1)) as server:
         streaming, waiting = await server.connect(), await server.connect()
         await streaming.send_all(http_request("/hang"))
         await waiting.send_all(http_request("/wait"))
@@ -272,8 +273,8 @@ async def test_shutdown_ends_what_takes_too_long_with_an_error() -> None:
 
 
 @trio_test
-async def test_stream_that_fails_ends_with_an_error_event() -> None:
-    async with live_server(SmallApp().app) as server:
+async def test_stream_that_fails_ends_with_an_error_event(serving: Serving) -> None:
+    async with serving(SmallApp().app) as server:
         answer = await server.say(http_request("/fail", headers=CLOSE))
         assert answer.count(EVENT) == 1
         assert b'data: {"error":{"message":"Internal error' in answer
