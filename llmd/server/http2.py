@@ -101,12 +101,11 @@ class Http2Protocol:
         self._written = trio.lowlevel.ParkingLot()
         self._has_work = trio.Event()
         self._idle_frames = Allowance(burst=MAX_IDLE_FRAMES, per_second=IDLE_FRAMES_PER_SECOND)
-        self._is_draining = False
+        # the connection ends with the last answer
+        self._is_draining: bool = context.terminated.is_set()
         self._is_ending = False
         self._h2.initiate_connection()
         tasks.spawn(self._write)
-        if context.terminated.is_set():
-            self.drain()
 
     async def handle(self, event: Event) -> None:
         """Take in bytes, or the end of the connection. Waits while the client does not read what they led to."""
@@ -116,12 +115,14 @@ class Http2Protocol:
             await self._finish(ErrorCodes.NO_ERROR)
 
     def drain(self) -> None:
-        """Answer what runs, and then close. What the client begins from now on belongs to another server."""
+        """Close once no request runs. Until then also new ones get their answer, be it that this server shuts down.
+
+        The GOAWAY comes with the last answer, though the RFC would allow it at once: httpx, and with it the `openai`
+        package, gives up everything that runs when it sees one.
+        """
         self._is_draining = True
-        self._go_away(ErrorCodes.NO_ERROR)
         if not self._streams:
-            self._is_ending = True
-        self._has_work.set()
+            self._end(ErrorCodes.NO_ERROR)
 
     async def _take_in(self, data: bytes) -> None:
         if self._is_ending:
@@ -130,7 +131,6 @@ class Http2Protocol:
             events = self._h2.receive_data(data)
         except ProtocolError:
             # h2 has prepared a GOAWAY that says which error it is
-            self._unsent += self._h2.data_to_send()
             await self._finish(None)
             return
         if not self._idle_frames.take(sum(map(is_idle, events))):
@@ -148,7 +148,7 @@ class Http2Protocol:
     async def _handle_event(self, event: h2.events.Event) -> None:
         match event:
             case h2.events.RequestReceived():
-                await self._begin(event.stream_id, event.headers)
+                await self._begin(event.stream_id, event.headers, has_body=event.stream_ended is None)
             case h2.events.DataReceived():
                 stream = self._streams.get(event.stream_id)
                 if stream is not None and stream.http is not None and event.data:
@@ -167,14 +167,10 @@ class Http2Protocol:
             case h2.events.ConnectionTerminated():
                 await self._finish(None)
 
-    async def _begin(self, stream_id: int, headers: Headers) -> None:
+    async def _begin(self, stream_id: int, headers: Headers, *, has_body: bool) -> None:
         """A request has come in."""
-        if self._is_draining:
-            # the client may ask again elsewhere: nothing has been done
-            self._h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
-            return
         fields = dict(headers)
-        if error := fault(fields):
+        if error := fault(fields, has_body=has_body):
             await self._add(stream_id, _Stream(None))
             self._tasks.spawn(self._refuse, stream_id, error)
             return
@@ -227,8 +223,8 @@ class Http2Protocol:
         """What a request's answer wants of its stream."""
         stream = self._streams.get(event.stream_id)
         if stream is None:
-            # the client is gone; whoever answers hears of it by itself
-            await trio.lowlevel.checkpoint_if_cancelled()
+            # the client is gone; whoever answers hears of it, if it lets others run
+            await trio.lowlevel.checkpoint()
             return
         match event:
             case Response() | InformationalResponse():
@@ -353,23 +349,23 @@ class Http2Protocol:
             await stream.http.handle(StreamClosed(stream_id=stream_id))
         if not self._streams:
             if self._is_draining:
-                self._is_ending = True
-                self._has_work.set()
+                self._end(ErrorCodes.NO_ERROR)
             await self._send(Updated(idle=True))
 
     async def _finish(self, error: ErrorCodes | None) -> None:
         """No more requests, and no more answers. None = the client needs no GOAWAY from here."""
-        if self._is_ending:
-            return
-        self._is_ending = True
-        if error is not None and not self._is_draining:
-            self._go_away(error)
-        self._has_work.set()
-        self._written.unpark_all()
+        self._end(error)
         for stream_id in list(self._streams):
             await self._close(stream_id)
 
-    def _go_away(self, error: ErrorCodes) -> None:
-        """h2's own GOAWAY would forbid it to finish what runs."""
-        frame = GoAwayFrame(last_stream_id=self._h2.highest_inbound_stream_id, error_code=error)
-        self._unsent += self._h2.data_to_send() + frame.serialize()
+    def _end(self, error: ErrorCodes | None) -> None:
+        """Nothing more is taken in, and the writer ends when it has nothing more."""
+        if self._is_ending:
+            return
+        self._is_ending = True
+        self._unsent += self._h2.data_to_send()
+        if error is not None:
+            last_stream_id = self._h2.highest_inbound_stream_id
+            self._unsent += GoAwayFrame(last_stream_id=last_stream_id, error_code=error).serialize()
+        self._has_work.set()
+        self._written.unpark_all()

@@ -53,7 +53,7 @@ def is_idle(event: h2.events.Event) -> bool:
             return False
 
 
-def fault(fields: dict[bytes, bytes]) -> HTTPException | None:
+def fault(fields: dict[bytes, bytes], *, has_body: bool) -> HTTPException | None:
     """Why a request that h2 lets pass cannot be served; None if it can."""
     if fields[b":method"] == b"CONNECT":
         return NotImplemented("This server is no proxy: it does not answer CONNECT.")
@@ -61,6 +61,8 @@ def fault(fields: dict[bytes, bytes]) -> HTTPException | None:
         return BadRequest("This is not HTTP/2 that can be understood: the :method is none.")
     if not _PATH.fullmatch(fields[b":path"]):
         return BadRequest("This is not HTTP/2 that can be understood: the :path is not a path of ASCII characters.")
+    if not has_body and int(fields.get(b"content-length", b"0")) > 0:
+        return BadRequest("This is not HTTP/2 that can be understood: there is a Content-Length, but no body.")
     return None
 
 
