@@ -65,6 +65,15 @@ async def live_server(app: Any, config: HttpConfig | None = None, *, tls: bool =
         config = msgspec.structs.replace(
             config, ssl_certfile=str(certificates.certfile), ssl_keyfile=str(certificates.keyfile)
         )
+    async with listen_and_serve(app, config, client_context) as server:
+        yield server
+
+
+@asynccontextmanager
+async def listen_and_serve(
+    app: Any, config: HttpConfig, client_context: ssl.SSLContext | None = None
+) -> AsyncIterator[LiveServer]:
+    """The same with exactly this configuration; clients connect with the context, if there is one."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     # so that a client that does not read is felt soon
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
