@@ -19,7 +19,6 @@ from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
 from hypercorn.utils import filter_pseudo_headers
-from hyperframe.frame import GoAwayFrame
 from werkzeug.exceptions import HTTPException
 
 from llmd.config import SECONDS
@@ -363,9 +362,7 @@ class Http2Protocol:
         if self._is_ending:
             return
         self._is_ending = True
-        self._unsent += self._h2.data_to_send()
         if error is not None:
-            last_stream_id = self._h2.highest_inbound_stream_id
-            self._unsent += GoAwayFrame(last_stream_id=last_stream_id, error_code=error).serialize()
+            self._h2.close_connection(error)
         self._has_work.set()
         self._written.unpark_all()

@@ -211,18 +211,21 @@ class TlsTransport:
         return True
 
     async def receive(self) -> bytes:
-        while not self._is_over and (data := await self._transport.receive()):
+        while True:
             if self._ended:
-                return data
-            self._incoming.write(data)
+                return await self._transport.receive()
+            # first, since a request may have come together with the end of the handshake
             try:
                 plain = self._decrypt()
             finally:
                 # what TLS itself has to say, such as a new key or an alert
                 await self._flush()
-            if plain:
+            if plain or self._is_over:
                 return plain
-        return b""
+            data = await self._transport.receive()
+            if not data:
+                return b""
+            self._incoming.write(data)
 
     def _decrypt(self) -> bytes:
         """What has come in whole. Notes whether that is all there will be."""

@@ -9,6 +9,7 @@ from llmd.cli.flags import build_parser, byte_count, token_count, with_config_fi
 from llmd.cli.resolve import resolve
 from llmd.config import Config, LogConfig
 from llmd.errors import StartupFailed
+from tests.server.certificates import make_certificates
 
 
 def config(*arguments: str) -> Config:
@@ -201,5 +202,19 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["serve", "--help"])
     text = capsys.readouterr().out
-    groups = ("model", "device and memory", "scheduling", "HTTP", "keys and browsers", "logs and tracing")
+    groups = ("model", "device and memory", "scheduling", "HTTP", "keys and browsers", "logs and tracing", "TLS")
     assert all(f"\n{group}:\n" in text for group in groups)
+
+
+def test_tls_files_go_together(tmp_path: Path) -> None:
+    assert config().http.ssl_certfile is None
+    for flag in ("--ssl-keyfile", "--ssl-ca-certs"):
+        with pytest.raises(StartupFailed, match="--ssl-certfile"):
+            config(flag, "some.pem")
+    with pytest.raises(StartupFailed, match=r"missing\.pem: No such file"):
+        config("--ssl-certfile", str(tmp_path / "missing.pem"))
+    made = make_certificates(tmp_path)
+    http = config("--ssl-certfile", str(made.certfile), "--ssl-keyfile", str(made.keyfile)).http
+    assert (http.ssl_certfile, http.ssl_keyfile, http.ssl_ca_certs) == (str(made.certfile), str(made.keyfile), None)
+    with pytest.raises(StartupFailed, match="no private key"):
+        config("--ssl-certfile", str(made.certfile))

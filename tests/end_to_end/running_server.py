@@ -76,7 +76,7 @@ def running_server(
             with server.logged:
                 server.log.append(line.rstrip("\n"))
                 server.logged.notify_all()
-            if found := re.search(r"http://[^\s\"]+", line):
+            if found := re.search(r"https?://[^\s\"]+", line):
                 server.url = server.url or found[0]
             if re.search(until, line):
                 reached.set()

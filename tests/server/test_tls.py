@@ -110,6 +110,25 @@ async def test_garbage_instead_of_a_handshake(caplog: pytest.LogCaptureFixture) 
 
 
 @trio_test
+async def test_a_request_together_with_the_end_of_the_handshake() -> None:
+    """What came with the handshake was looked at only when more came, which it never did."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = shared_certificates().client_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    async with live_server(SmallApp().app, tls=True) as server, await server.connect_socket() as stream:
+        is_done = False
+        while not is_done:
+            with suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+                client.write(http_request("/quick", headers=CLOSE))
+                is_done = True
+            await stream.send_all(outgoing.read())
+            if not is_done:
+                incoming.write(await stream.receive_some())
+        incoming.write(await read_all(stream))
+        assert parse_answer(client.read(1 << 16)).status == 200
+
+
+@trio_test
 async def test_garbage_after_the_handshake() -> None:
     """Records that cannot be decrypted end the connection, and what it asked for."""
     small = SmallApp()
