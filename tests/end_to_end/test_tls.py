@@ -19,7 +19,7 @@ from tests.server.certificates import Certificates, make_certificates
 
 pytestmark = pytest.mark.slow
 
-QUESTION = {"prompt": "abc", "max_tokens": 20, "seed": 1}
+QUESTION = {"prompt": "abc", "max_tokens": 8, "seed": 1}
 
 
 @pytest.fixture(scope="module")

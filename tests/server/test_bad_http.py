@@ -72,6 +72,7 @@ async def test_bad_http_gets_an_error_object(serving: Serving, request_bytes: by
     async with serving(small.app) as server:
         answer = parse_answer(await server.say(request_bytes))
         assert answer.status == status
+        assert answer.headers["x-request-id"].startswith("req_")
         error = answer.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
