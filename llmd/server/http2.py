@@ -239,8 +239,11 @@ class Http2Protocol:
             case EndBody():
                 stream.ends = True
                 await self._push(event.stream_id, stream)
-            case StreamClosed():
+            case StreamClosed() if stream.is_sent:
                 await self._close(event.stream_id)
+            case StreamClosed():
+                # whoever answers has given up in the middle: the client must not take it for the end
+                await self._reset(event.stream_id, ErrorCodes.INTERNAL_ERROR)
 
     async def _push(self, stream_id: int, stream: _Stream) -> None:
         """Have the writer send what is pending. Waits while that is much, and for the end until it is sent."""
@@ -316,7 +319,7 @@ class Http2Protocol:
         stream_ids = self._streams if stream_id == 0 else [stream_id]
         for each in stream_ids:
             stream = self._streams.get(each)
-            if stream is not None and (stream.pending or stream.ends):
+            if stream is not None and not stream.is_framed and (stream.pending or stream.ends):
                 self._ready[each] = None
 
     def _end_late_uploads(self) -> None:

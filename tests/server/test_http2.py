@@ -165,6 +165,23 @@ async def test_a_stream_that_fails_ends_with_an_error_event(serving_h2: Serving)
         assert b"secret" not in answer.body
 
 
+@trio_test
+async def test_an_answer_that_is_given_up_is_reset(serving_h2: Serving) -> None:
+    """Its client would wait for ever, and the stream would count as open."""
+
+    async def give_up(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        if scope["path"] == "/fail":
+            raise ValueError("bug")
+        await send({"type": "http.response.body", "body": b""})
+
+    async with serving_h2(give_up) as server, h2_client(server) as client:
+        assert (await client.ask("/fail")).reset == ErrorCodes.INTERNAL_ERROR
+        answer = await client.ask("/")
+        assert (answer.body, answer.reset) == (b"half", None)
+
+
 @pytest.mark.parametrize("path", ["/wait", "/hang", "/flood"])
 @trio_test
 async def test_a_reset_stops_its_own_request_only(serving_h2: Serving, path: str) -> None:
