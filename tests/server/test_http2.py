@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import h2.events
+import httpx2
 import pytest
 import trio
 import trio.testing
@@ -28,6 +29,7 @@ from llmd.config import HttpConfig
 from llmd.server import http2
 from llmd.server.http2 import Http2Protocol
 from llmd.server.http2_limits import MAX_STREAMS
+from tests.server.certificates import shared_certificates
 from tests.server.conftest import Serving
 from tests.server.h2_client import H2Client, h2_client
 from tests.server.live import SOON, http_request, live_server, parse_answer, read_until, reset, until
@@ -347,6 +349,20 @@ async def test_shutdown_finishes_what_runs(serving_h2: Serving) -> None:
         assert client.goaway is not None
         with trio.fail_after(SOON):
             await server.stopped.wait()
+
+
+@trio_test
+async def test_httpx_keeps_its_stream_in_a_shutdown(serving_h2: Serving) -> None:
+    """The reason for the above, with the client that the `openai` package uses."""
+    trust = shared_certificates().client_context()
+    async with serving_h2(SmallApp().app) as server, httpx2.AsyncClient(verify=trust, http2=True) as client:
+        url = f"https://localhost:{server.port}/stream?count=5&pause=0.1"
+        async with client.stream("GET", url) as answer:
+            received = b""
+            async for data in answer.aiter_bytes():
+                received += data
+                server.stop.set()
+        assert (answer.http_version, received) == ("HTTP/2", EVENT * 5)
 
 
 @trio_test

@@ -14,6 +14,7 @@ import trio
 from trio.testing import trio_test
 
 from llmd.config import HttpConfig
+from llmd.server import tls
 from llmd.server.serving import serve
 from llmd.server.tls import TlsFiles, load_context, validity_problem
 from tests.server.certificates import (
@@ -324,7 +325,7 @@ def test_the_key_may_lie_in_the_certfile(certificates: Certificates) -> None:
     ("begin", "end", "problem"), [(-9, -1, "has expired"), (1, 9, "is not yet valid"), (-9, 9, None)]
 )
 def test_a_certificate_out_of_its_time_is_noticed(
-    certificates: Certificates, begin: int, end: int, problem: str | None
+    certificates: Certificates, begin: int, end: int, problem: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = datetime.datetime.now(datetime.UTC)
     issued = certificates.authority.issue_cert(
@@ -335,6 +336,11 @@ def test_a_certificate_out_of_its_time_is_noticed(
     file = certificates.folder / "dated.pem"
     issued.private_key_and_cert_chain_pem.write_to_path(file)
     assert validity_problem(TlsFiles(str(file))) == problem
+    # it is used all the same: its clients decide
+    assert tls.Certificates(TlsFiles(str(file))).context() is not None
+    assert [record.getMessage().endswith(f"this certificate {problem}") for record in caplog.records] == (
+        [] if problem is None else [True]
+    )
 
 
 @trio_test
