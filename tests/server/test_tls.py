@@ -14,8 +14,8 @@ import trio
 from trio.testing import trio_test
 
 from llmd.config import HttpConfig
-from llmd.server import tls
 from llmd.server.serving import serve
+from llmd.server.tls import Certificates as ServedCertificates
 from llmd.server.tls import TlsFiles, load_context, validity_problem
 from tests.server.certificates import (
     Certificates,
@@ -337,7 +337,7 @@ def test_a_certificate_out_of_its_time_is_noticed(
     issued.private_key_and_cert_chain_pem.write_to_path(file)
     assert validity_problem(TlsFiles(str(file))) == problem
     # it is used all the same: its clients decide
-    assert tls.Certificates(TlsFiles(str(file))).context() is not None
+    assert ServedCertificates(TlsFiles(str(file))).context() is not None
     assert [record.getMessage().endswith(f"this certificate {problem}") for record in caplog.records] == (
         [] if problem is None else [True]
     )
