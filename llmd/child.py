@@ -1,18 +1,22 @@
-"""What every child process does first: it ties its life to the supervisor's and fetches its configuration.
+"""What every child process does: it ties its life to the supervisor's, fetches its configuration, gives signs of life.
 
 Knows nothing of what the child is for.
 """
 
 import ctypes
+import faulthandler
+import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections import deque
 from typing import TypeVar
 
 import msgspec
 
-from llmd.protocol.control import ChildToSupervisor, SystemState
+from llmd.protocol.control import BEAT_INTERVAL, Beat, ChildToSupervisor, SystemState
 from llmd.protocol.framing import FrameDecoder, encode_frame
 
 ChildConfig = TypeVar("ChildConfig")
@@ -20,6 +24,7 @@ ControlMessage = TypeVar("ControlMessage")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RECEIVE_SIZE = 1 << 16  # bytes
+_STDERR = 2  # file descriptor
 
 
 def die_with_parent() -> None:
@@ -35,10 +40,11 @@ def die_with_parent() -> None:
 
 
 class ControlChannel:
-    """A child's end of the control socket. Made by `connect_control`."""
+    """A child's end of the control socket. Made by `connect_control`. Any thread may send."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._sending = threading.Lock()
         # the first frame has another type than the rest, so that frames are cut first and decoded when asked for
         self._frames: FrameDecoder[msgspec.Raw] = FrameDecoder(msgspec.Raw)
         self._received: deque[msgspec.Raw] = deque()
@@ -48,7 +54,43 @@ class ControlChannel:
 
         Raises BrokenPipeError if the supervisor is gone.
         """
-        self._connection.sendall(encode_frame(message))
+        with self._sending:
+            self._connection.sendall(encode_frame(message))
+
+    async def beat_in_loop(self) -> None:
+        """Give signs of life (Trio) until cancelled: a blocked event loop gives none."""
+        import trio
+
+        while self._beat():
+            await trio.sleep(BEAT_INTERVAL)
+
+    def beat_in_thread(self) -> None:
+        """Give signs of life from a thread of its own, for a process whose main thread is busy for long at a time.
+
+        The process ends when the supervisor is gone, even if it has nobody else to notice that.
+        """
+        threading.Thread(target=self._beat_until_alone, name="beats", daemon=True).start()
+
+    def _beat_until_alone(self) -> None:
+        while self._beat():
+            time.sleep(BEAT_INTERVAL)
+        os._exit(1)
+
+    def _beat(self) -> bool:
+        """Send one sign of life, unless that would have to wait. False if the supervisor is gone."""
+        # whoever sends at this moment is waited for by a supervisor that is stuck, or is a sign of life himself
+        if not self._sending.acquire(blocking=False):
+            return True
+        try:
+            # so small a frame is taken as a whole or not at all
+            self._connection.send(encode_frame(Beat()), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            self._sending.release()
+        return True
 
     def receive(self, message_type: type[ControlMessage]) -> ControlMessage | None:
         """Block until the supervisor sends the next message; None once it has closed the socket."""
@@ -87,9 +129,11 @@ def connect_control(fd: int, config_type: type[ChildConfig]) -> tuple[ChildConfi
 
     It dies with its parent from now on and ignores SIGINT and SIGTERM: a terminal's Ctrl-C goes to the whole process
     group, an init system's SIGTERM to all processes of a service, and the supervisor is the one who decides what ends
-    when. Blocks until the configuration, the first frame, is there.
+    when. If it hangs, the supervisor's SIGABRT makes it print the stack of each thread. Blocks until the configuration,
+    the first frame, is there.
     Raises ConnectionError if the supervisor closes the socket before that.
     """
+    faulthandler.enable(file=_STDERR)
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

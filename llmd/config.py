@@ -83,6 +83,13 @@ class LogConfig(Struct, frozen=True, kw_only=True):
     max_len: int = 256  # characters that are shown of a prompt
 
 
+class SupervisorConfig(Struct, frozen=True, kw_only=True):
+    """When a process that still exists counts as lost."""
+
+    hang_timeout: float = 10 * SECONDS  # without a sign of life from it
+    step_timeout: float = 300 * SECONDS  # without the result of a step
+
+
 class ServerConfig(Struct, frozen=True, kw_only=True):
     """A server process: `python -m llmd.server`."""
 
@@ -102,8 +109,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True):
     cache: CacheConfig
     scheduler: SchedulerConfig
     server_listen_fd: int  # inherited listening unix socket for servers
-    worker_listen_fd: int  # the same for ranks
-    num_ranks: int
+    rank_fds: tuple[int, ...]  # inherited connected sockets, one to each rank
+    step_timeout: float  # seconds
     log: LogConfig = LogConfig()
 
 
@@ -115,7 +122,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     cache: CacheConfig
     scheduler: SchedulerConfig
     rank: int
-    engine_path: str  # unix socket on which the engine awaits its ranks
+    engine_fd: int  # inherited connected socket to the engine
+    num_blocks: int | None = None  # of the KV cache, as before a restart; None = what memory holds
     log: LogConfig = LogConfig()
 
 
@@ -134,3 +142,4 @@ class Config(Struct, frozen=True, kw_only=True):
     scheduler: SchedulerConfig
     http: HttpConfig
     log: LogConfig = LogConfig()
+    supervisor: SupervisorConfig = SupervisorConfig()

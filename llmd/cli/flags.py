@@ -119,6 +119,7 @@ def _add_serving_flags(parser: argparse.ArgumentParser) -> None:
     _add_door_flags(parser.add_argument_group("keys and browsers"))
     _add_log_flags(parser.add_argument_group("logs and tracing"))
     _add_tls_flags(parser.add_argument_group("TLS"))
+    _add_supervision_flags(parser.add_argument_group("supervision"))
 
 
 def _add_model_flags(model: argparse._ArgumentGroup) -> None:
@@ -309,6 +310,24 @@ def _add_tls_flags(tls: argparse._ArgumentGroup) -> None:
         "--ssl-ca-certs",
         metavar="FILE",
         help="mutual TLS: let in only clients that show a certificate which one of these has signed",
+    )
+
+
+def _add_supervision_flags(supervision: argparse._ArgumentGroup) -> None:
+    supervision.add_argument(
+        "--hang-timeout",
+        # a beat comes once a second: less than two would take one that is a little late for a hang
+        type=_at_least(2, float),
+        default=10.0,
+        metavar="SECONDS",
+        help="replace a process that gives no sign of life for so long (default: 10; servers get three times that)",
+    )
+    supervision.add_argument(
+        "--step-timeout",
+        type=_at_least(1, float),
+        default=300.0,
+        metavar="SECONDS",
+        help="restart the engine when a step gives no result for so long (default: 300)",
     )
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from llmd.config import CacheConfig, Config, HttpConfig, LogConfig, ModelConfig, SchedulerConfig
+from llmd.config import CacheConfig, Config, HttpConfig, LogConfig, ModelConfig, SchedulerConfig, SupervisorConfig
 from llmd.errors import StartupFailed
 from llmd.fetch.source import DEMO_MODEL_NAME, default_cache_dir
 from llmd.server.api_keys import key_digest, key_fault, read_key_file
@@ -76,7 +76,10 @@ def resolve(flags: argparse.Namespace) -> Config:
         ssl_ca_certs=flags.ssl_ca_certs,
     )
     _check_tls(http)
-    return Config(model=model, cache=cache, scheduler=scheduler, http=http, log=log_config(flags))
+    supervisor = SupervisorConfig(hang_timeout=flags.hang_timeout, step_timeout=flags.step_timeout)
+    return Config(
+        model=model, cache=cache, scheduler=scheduler, http=http, supervisor=supervisor, log=log_config(flags)
+    )
 
 
 def log_config(flags: argparse.Namespace) -> LogConfig:

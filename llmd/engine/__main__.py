@@ -33,9 +33,10 @@ def main() -> None:
 async def run_engine(config: EngineConfig, control: ControlChannel) -> None:
     """Wait for the ranks, then serve servers until the control socket closes."""
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(control.beat_in_loop)
         nursery.start_soon(_cancel_when_closed, control, nursery.cancel_scope)
-        async with _listener(config.worker_listen_fd) as listener:
-            ranks = await connect_ranks([await listener.accept() for _ in range(config.num_ranks)])
+        streams = [trio.SocketStream(_inherited(fd)) for fd in config.rank_fds]
+        ranks = await connect_ranks(streams, step_timeout=config.step_timeout)
         scheduler = Scheduler(
             config.cache, config.scheduler, num_blocks=ranks.num_blocks, max_model_len=ranks.max_model_len
         )
@@ -47,8 +48,9 @@ async def run_engine(config: EngineConfig, control: ControlChannel) -> None:
         )
         loop = EngineLoop(scheduler, ranks, ready=ready)
         nursery.start_soon(loop.run)
-        await nursery.start(trio.serve_listeners, loop.serve, [_listener(config.server_listen_fd)])
-        control.send(ChildReady())
+        listener = trio.SocketListener(_inherited(config.server_listen_fd))
+        await nursery.start(trio.serve_listeners, loop.serve, [listener])
+        control.send(ChildReady(num_blocks=ranks.num_blocks))
 
 
 async def _cancel_when_closed(control: ControlChannel, scope: trio.CancelScope) -> None:
@@ -56,9 +58,8 @@ async def _cancel_when_closed(control: ControlChannel, scope: trio.CancelScope) 
     scope.cancel()
 
 
-def _listener(fd: int) -> trio.SocketListener:
-    """An inherited listening unix socket."""
-    return trio.SocketListener(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+def _inherited(fd: int) -> trio.socket.SocketType:
+    return trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
 
 
 def _first(error: BaseException) -> BaseException:

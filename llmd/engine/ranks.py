@@ -3,6 +3,7 @@
 Knows nothing of sequences. A lost rank ends the engine; the supervisor starts it anew, with its ranks.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -14,10 +15,12 @@ from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.steps import RankFailed, RankReady, StepPlan, StepResult, WorkerToEngine
 
 _RECEIVE_SIZE = 1 << 18  # bytes
+# looks at the steps in flight within the time that a step may take
+_LOOKS = 10
 
 
 class RankLost(LlmdError):
-    """A rank failed or its connection ended: no step can run any more."""
+    """A rank failed, hangs, or its connection ended: no step can run any more."""
 
 
 class RankConnection:
@@ -72,32 +75,65 @@ class Ranks:
     """All ranks, loaded. Made by `connect_ranks`."""
 
     def __init__(
-        self, connections: Sequence[RankConnection], *, num_blocks: int, max_model_len: int, vocab_size: int
+        self,
+        connections: Sequence[RankConnection],
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        vocab_size: int,
+        step_timeout: float,
     ) -> None:
         self._connections = connections
+        self._step_timeout = step_timeout
+        self._num_plans = 0
+        self._num_results = 0
         self.num_blocks = num_blocks  # KV-cache blocks that every rank has
         self.max_model_len = max_model_len  # the context that every rank allows
         self.vocab_size = vocab_size  # token ids that every rank knows are below this
 
     async def send(self, plan: StepPlan) -> None:
         """Have every rank run a step. May be called again before the result is there. Raises RankLost."""
+        self._num_plans += 1
         frame = encode_frame(plan)
         for connection in self._connections:
             await connection.send(frame)
 
     async def wait_result(self) -> StepResult:
         """Wait for the result of the oldest step that has none yet, from the last stage. Raises RankLost."""
-        return await self._connections[-1].wait_result()
+        result = await self._connections[-1].wait_result()
+        self._num_results += 1
+        return result
 
     async def watch(self) -> None:
-        """Run until cancelled, and raise RankLost as soon as a rank is lost whose results nobody waits for."""
+        """Run until cancelled, and raise RankLost as soon as a rank is lost whose results nobody waits for, or when
+        the oldest step in flight has had no result for the step timeout.
+        """
         async with trio.open_nursery() as nursery:
+            if self._step_timeout < math.inf:
+                nursery.start_soon(self._watch_progress)
             for connection in self._connections[:-1]:
                 nursery.start_soon(_watch_one, connection)
 
+    async def _watch_progress(self) -> None:
+        # counts its own looks and not the time, so that a machine that sleeps or is paused loses no rank
+        num_results, num_fruitless = 0, 0
+        while True:
+            await trio.sleep(self._step_timeout / _LOOKS)
+            if self._num_plans == self._num_results or self._num_results > num_results:
+                num_results, num_fruitless = self._num_results, 0
+                continue
+            num_fruitless += 1
+            # the first look may have come right after the step began
+            if num_fruitless > _LOOKS:
+                name = self._connections[-1].name
+                raise RankLost(f"{name} has not finished a step for {self._step_timeout:g} s")
 
-async def connect_ranks(streams: Sequence[trio.abc.Stream]) -> Ranks:
-    """Wait until the rank at the other end of each stream has loaded. Raises RankLost as soon as one is lost."""
+
+async def connect_ranks(streams: Sequence[trio.abc.Stream], *, step_timeout: float = math.inf) -> Ranks:
+    """Wait until the rank at the other end of each stream has loaded. Raises RankLost as soon as one is lost.
+
+    A step may take `step_timeout` seconds before its rank counts as lost.
+    """
     ready: dict[int, tuple[RankReady, RankConnection]] = {}
 
     async def wait_one(connection: RankConnection) -> None:
@@ -115,6 +151,7 @@ async def connect_ranks(streams: Sequence[trio.abc.Stream]) -> Ranks:
         num_blocks=min(message.num_blocks for message in messages),
         max_model_len=min(message.max_model_len for message in messages),
         vocab_size=min(message.vocab_size for message in messages),
+        step_timeout=step_timeout,
     )
 
 

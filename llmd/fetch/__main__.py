@@ -18,6 +18,7 @@ _REPORT_INTERVAL = 0.1  # seconds
 def main() -> int:
     """Exit status: 0 if the folder is there, 1 if not; the supervisor has been told why."""
     config, control = connect_control(int(sys.argv[1]), FetchConfig)
+    control.beat_in_thread()
     configure_logging(config.log, process="fetch")
     model = config.model
     try:

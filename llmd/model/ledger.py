@@ -36,9 +36,10 @@ class MemoryLedger:
     def lines(self) -> list[str]:
         """For the operator."""
         num_tokens = self.num_blocks * self.block_size
+        free = max(0, self.free)
         lines = [
             f"memory: weights {_size(self.weights)}, KV cache {_size(self.kv_cache)} ({num_tokens:,} tokens), "
-            f"activations {_size(self.activations)}, free {_size(self.free)}; context {self.max_model_len:,} tokens"
+            f"activations {_size(self.activations)}, free {_size(free)}; context {self.max_model_len:,} tokens"
         ]
         if self.max_model_len < self.wanted_model_len:
             block_bytes = self.kv_cache // (self.num_blocks + 1)
@@ -46,6 +47,11 @@ class MemoryLedger:
             lines.append(
                 f"context reduced from {self.wanted_model_len:,} to {self.max_model_len:,} tokens, which is what the "
                 f"KV cache holds; --kv-cache-memory-bytes {-(-enough // MIB)}M would hold all of it"
+            )
+        if self.free < 0:
+            lines.append(
+                f"{_size(-self.free)} more than is free: the KV cache stays as large as before the restart, so that "
+                "what fitted then still fits"
             )
         return lines
 
@@ -59,9 +65,11 @@ def plan_memory(
     model: ModelConfig,
     cache: CacheConfig,
     scheduler: SchedulerConfig,
+    num_blocks: int | None = None,
 ) -> MemoryLedger:
     """Divide `available_bytes`, what is free before anything is loaded.
 
+    `num_blocks` fixes the size of the KV cache, whatever is free.
     Raises StartupFailed, with the numbers and the flags that matter, if not even a short context fits.
     """
     wanted_model_len = _wanted_model_len(spec, model)
@@ -76,11 +84,12 @@ def plan_memory(
     block_bytes = cache.block_size * kv_bytes_per_token(spec, dtype_bytes=dtype_bytes)
     usable = available_bytes if on_cpu else int(available_bytes * cache.memory_utilization)
     left = usable - weights - activations
-    budget = cache.memory_bytes or (min(int(left * _CPU_KV_SHARE), _CPU_KV_LIMIT) if on_cpu else left)
-    # one block is for padding tokens
-    num_blocks = min(budget // block_bytes - 1, _useful_blocks(wanted_model_len, cache, scheduler))
-    if num_blocks < 1 or (num_blocks + 1) * block_bytes > left:
-        raise StartupFailed(_does_not_fit(weights, activations, max(budget, block_bytes), available_bytes, cache))
+    if num_blocks is None:
+        budget = cache.memory_bytes or (min(int(left * _CPU_KV_SHARE), _CPU_KV_LIMIT) if on_cpu else left)
+        # one block is for padding tokens
+        num_blocks = min(budget // block_bytes - 1, _useful_blocks(wanted_model_len, cache, scheduler))
+        if num_blocks < 1 or (num_blocks + 1) * block_bytes > left:
+            raise StartupFailed(_does_not_fit(weights, activations, max(budget, block_bytes), available_bytes, cache))
     kv_cache = (num_blocks + 1) * block_bytes
     return MemoryLedger(
         weights=weights,

@@ -7,6 +7,8 @@ from enum import StrEnum
 
 from msgspec import Struct
 
+BEAT_INTERVAL = 1.0  # seconds from one `Beat` of a child to the next
+
 
 class Stage(StrEnum):
     """How far the system is. In order; `FAILED` ends it."""
@@ -15,6 +17,7 @@ class Stage(StrEnum):
     FETCHING = "fetching"  # download or conversion of the model
     LOADING = "loading"  # weights to their device
     READY = "ready"
+    STALLED = "stalled"  # the engine or a rank gives no sign of life, and is replaced if that goes on
     RESTARTING = "restarting"  # the engine died and is being replaced
     DRAINING = "draining"
     FAILED = "failed"
@@ -39,9 +42,10 @@ class ChildProgress(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ChildReady(Struct, frozen=True, kw_only=True, tag=True):
-    """Child → supervisor: it does its work from now on. A fetcher gives the folder it made."""
+    """Child → supervisor: it does its work from now on. A server says so each time that its `/health` becomes 200."""
 
-    model_dir: str | None = None
+    model_dir: str | None = None  # of a fetcher: the folder it made
+    num_blocks: int | None = None  # of an engine: KV-cache blocks that every rank has
 
 
 class ChildFailed(Struct, frozen=True, tag=True):
@@ -50,10 +54,14 @@ class ChildFailed(Struct, frozen=True, tag=True):
     message: str
 
 
+class Beat(Struct, frozen=True, tag=True):
+    """Child → supervisor, once a second: the process lives, and what sends this is not stuck."""
+
+
 class Line(Struct, frozen=True, tag=True):
     """Child → supervisor: one line for the operator's terminal (the memory ledger, a reduced limit)."""
 
     text: str
 
 
-ChildToSupervisor = ChildProgress | ChildReady | ChildFailed | Line
+ChildToSupervisor = ChildProgress | ChildReady | ChildFailed | Beat | Line

@@ -83,5 +83,7 @@ class Server:
             raise Unavailable("The server is shutting down. Please try again.")
         if self.text is None:
             detail = f" ({state.detail})" if state.detail else ""
-            raise Unavailable(f"The model is not ready yet: {state.stage}{detail}. Please try again shortly.")
+            # the engine may stand before this process has read its files
+            stage = Stage.LOADING if state.stage is Stage.READY else state.stage
+            raise Unavailable(f"The model is not ready yet: {stage}{detail}. Please try again shortly.")
         return self.text

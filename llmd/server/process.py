@@ -43,6 +43,7 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
     sockets = [socket.socket(fileno=fd) for fd in config.listen_fds]
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(control.beat_in_loop)
         nursery.start_soon(server.engine.run)
         nursery.start_soon(leave_figures, config, partial(own_figures, server))
         nursery.start_soon(_follow_state, server, control, stop, nursery.cancel_scope)
@@ -59,6 +60,7 @@ async def _follow_state(
     """Keep the state board true, until the supervisor is gone: then nobody needs this process either."""
     while (state := await control.wait_state()) is not None:
         server.state.update(state)
+        _report_ready(server, control)
         if state.stage is Stage.FAILED:
             server.engine.fail_all(f"The engine has failed: {state.detail}")
         elif state.stage is Stage.DRAINING and not stop.is_set():
@@ -78,4 +80,10 @@ async def _load_text(server: Server, control: ControlChannel) -> None:
         # the supervisor decides what becomes of the whole; until then, `/health` goes on telling what it knows
         control.send(ChildFailed(str(error)))
     else:
+        _report_ready(server, control)
+
+
+def _report_ready(server: Server, control: ControlChannel) -> None:
+    """Tell the supervisor if `/health` says 200 from now on."""
+    if server.state.current.stage is Stage.READY and server.text is not None:
         control.send(ChildReady())

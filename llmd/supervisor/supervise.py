@@ -1,58 +1,78 @@
-"""Keeps the system running: reads what the children say, tells the servers the truth, replaces what dies, drains.
+"""Keeps the system running: starts what ended anew, as long as that may help, and drains.
 
 Knows processes and stages only; no request ever comes here.
 """
 
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import count
 
-import msgspec
 import trio
 
 from llmd.config import SECONDS, Config
 from llmd.errors import StartupFailed
 from llmd.protocol.control import ChildFailed, ChildProgress, ChildReady, ChildToSupervisor, Line, Stage, SystemState
-from llmd.protocol.framing import FrameDecoder, encode_frame
+from llmd.supervisor.back_off import BackOff
 from llmd.supervisor.processes import Process
-from llmd.supervisor.start import EngineGroup, FirstChildren, Sockets, start_engine_group, start_server
+from llmd.supervisor.start import (
+    EngineGroup,
+    FirstChildren,
+    Sockets,
+    start_engine_group,
+    start_fetcher,
+    start_server,
+)
+from llmd.supervisor.system_board import SystemBoard
 from llmd.supervisor.terminal import Terminal
+from llmd.supervisor.watch import Child, how_ended, name_of
 
-# a group that lived this long was healthy: its death starts the back-off anew
-_HEALTHY_AFTER = 60 * SECONDS
-_FIRST_DELAY = 0.1 * SECONDS
-_MAX_DELAY = 10 * SECONDS
-# without once becoming ready; after that, trying again would only hide the cause
+# in a row, without once becoming ready; after that, trying again would only hide the cause
 _MAX_FAILED_STARTS = 3
+# a server's death cuts its clients, so it may be silent for so many times as long as others
+_SERVER_PATIENCE = 3
 # what a server may take beyond the drain timeout before it is killed
 _DRAIN_MARGIN = 5 * SECONDS
 
 
 async def supervise(config: Config, sockets: Sockets, first: FirstChildren, *, model_dir: str | None) -> int:
     """Run the system until it is told to stop or cannot go on. Returns the exit status."""
-    return await _Supervisor(config, sockets, model_dir=model_dir).run(first)
+    state = SystemState(stage=Stage.LOADING if model_dir else Stage.FETCHING, model_dir=model_dir)
+    board = SystemBoard(state, num_servers=len(first.servers), terminal=Terminal(config.log))
+    return await _Supervisor(config, sockets, board).run(first)
+
+
+@dataclass(slots=True)
+class _Life:
+    """What is to be remembered of a server, or of an engine with its workers, after the end."""
+
+    was_ready: bool = False
+    failure: str | None = None  # the reason that a process gave for not going on
+    end: str = ""  # for the operator: who ended, and how
 
 
 class _Supervisor:
-    def __init__(self, config: Config, sockets: Sockets, *, model_dir: str | None) -> None:
+    def __init__(self, config: Config, sockets: Sockets, board: SystemBoard) -> None:
         self._config = config
         self._sockets = sockets
-        self._terminal = Terminal(config.log)
-        stage = Stage.LOADING if model_dir else Stage.FETCHING
-        self._state = SystemState(stage=stage, model_dir=model_dir)
-        self._state_changed = trio.Event()
-        self._draining = False
-        # ready is who can answer: an engine with its ranks, and a server that knows the model's text side
-        self._engine_is_ready = False
-        self._server_is_ready = False
-        self._was_ready = False
+        self._board = board
+        self._num_blocks: int | None = None  # of the first engine: later ones keep its limits
 
     async def run(self, first: FirstChildren) -> int:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._await_signals, nursery.cancel_scope)
             nursery.start_soon(self._unless_hopeless, self._keep_servers, first, nursery.cancel_scope)
             nursery.start_soon(self._unless_hopeless, self._keep_engine_group, first, nursery.cancel_scope)
-        return 1 if self._state.stage is Stage.FAILED else 0
+        return 1 if self._board.current.stage is Stage.FAILED else 0
+
+    async def _await_signals(self, everything: trio.CancelScope) -> None:
+        """First SIGTERM or SIGINT: drain. The second: end at once."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                if self._board.draining.is_set():
+                    everything.cancel()
+                    return
+                self._board.drain()
 
     async def _unless_hopeless(
         self, keep: Callable[[FirstChildren], Awaitable[None]], first: FirstChildren, everything: trio.CancelScope
@@ -61,40 +81,12 @@ class _Supervisor:
         try:
             await keep(first)
         except* StartupFailed as failures:
-            self._set_state(stage=Stage.FAILED, detail=_first_message(failures), progress=None)
-            if not self._was_ready:
+            self._board.fail(_first_message(failures))
+            if not self._board.was_ready:
                 everything.cancel()
         else:
             # the servers have drained: nobody is left to work for
             everything.cancel()
-
-    def _set_state(self, **changes: object) -> None:
-        state = msgspec.structs.replace(self._state, **changes)
-        if state == self._state:
-            return
-        self._state = state
-        self._terminal.show(state)
-        self._state_changed.set()
-        self._state_changed = trio.Event()
-
-    async def _await_signals(self, everything: trio.CancelScope) -> None:
-        """First SIGTERM or SIGINT: drain. The second: end at once."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                if self._draining:
-                    everything.cancel()
-                    return
-                self._draining = True
-                self._set_state(
-                    stage=Stage.DRAINING,
-                    detail="draining: running requests finish, new ones are refused",
-                    progress=None,
-                )
-
-    def _note_ready(self) -> None:
-        if self._engine_is_ready and self._server_is_ready and not self._draining:
-            self._was_ready = True
-            self._set_state(stage=Stage.READY, detail="", progress=None)
 
     async def _keep_servers(self, first: FirstChildren) -> None:
         """Until all of them have drained."""
@@ -102,137 +94,184 @@ class _Supervisor:
             for index, server in enumerate(first.servers):
                 nursery.start_soon(self._keep_server, server, index)
 
-    async def _keep_server(self, server: Process, index: int) -> None:
-        delay = _FIRST_DELAY
+    async def _keep_server(self, first: Process, index: int) -> None:
+        server: Process | None = first
+        back_off, num_failed = BackOff(), 0
         while True:
             started = trio.current_time()
-            async with _control(server) as control, trio.open_nursery() as nursery:
-                nursery.start_soon(self._tell_state, server, control)
-                async for message in _messages(control):
-                    self._note(message)
-                    if isinstance(message, ChildReady):
-                        self._server_is_ready = True
-                        self._note_ready()
-                nursery.cancel_scope.cancel()
-            if self._draining:
-                return
-            delay = _FIRST_DELAY if trio.current_time() - started > _HEALTHY_AFTER else min(2 * delay, _MAX_DELAY)
-            self._terminal.line(f"a server process ended ({_exit_text(server)}); starting another")
-            await trio.sleep(delay)
-            server = start_server(self._config, self._sockets, index=index)
-
-    async def _tell_state(self, server: Process, control: trio.SocketStream) -> None:
-        """Send every change. A server that hears of the drain ends by itself, or is ended when its time is over."""
-        while True:
-            changed, state = self._state_changed, self._state
             try:
-                await control.send_all(encode_frame(state))
-            except trio.BrokenResourceError:
-                return  # it died: its reader sees the end and replaces it
-            if state.stage is Stage.DRAINING:
-                await trio.sleep(self._config.http.drain_timeout + _DRAIN_MARGIN)
-                server.popen.kill()
+                server = server or start_server(self._config, self._sockets, index=index)
+            except OSError as error:
+                life = _Life(end=f"no server could be started: {error}")
+            else:
+                life = await self._run_server(server, num_failed=num_failed)
+            if self._board.draining.is_set():
                 return
+            num_failed = 0 if life.was_ready else num_failed + 1
+            if not self._board.was_ready and (life.failure or num_failed == _MAX_FAILED_STARTS):
+                raise StartupFailed(life.failure or _never_ready("a server process", num_failed))
+            delay = back_off.next_delay(lived=trio.current_time() - started, was_ready=life.was_ready)
+            self._board.line(f"{life.end}: starting another server{_after(delay)}")
+            await trio.sleep(delay)
+            server = None
+
+    async def _run_server(self, server: Process, *, num_failed: int) -> _Life:
+        """Until it ends. One that cannot do its work is ended, unless nobody else is there to tell that to clients."""
+        life, pid = _Life(), server.popen.pid
+
+        def take_in(message: ChildToSupervisor) -> None:
+            match message:
+                case ChildReady():
+                    life.was_ready = True
+                    self._board.server_ready(pid)
+                case ChildFailed(message=text):
+                    life.failure = text
+                    if self._is_expendable(num_failed):
+                        nursery.cancel_scope.cancel()
+                    else:
+                        self._board.fail(text)
+                case _:
+                    self._note(message)
+
+        patience = _SERVER_PATIENCE * self._config.supervisor.hang_timeout
+        child = Child(server, take_in, hang_timeout=patience, report=self._board.line)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell_state, child)
+            nursery.start_soon(self._end_when_overdue, nursery.cancel_scope)
+            await child.run()
+            nursery.cancel_scope.cancel()
+        self._board.server_lost(pid)
+        life.end = how_ended(server, reason=life.failure)
+        return life
+
+    def _is_expendable(self, num_failed: int) -> bool:
+        """Whether a server that cannot do its work may end: somebody must tell the clients when all is lost."""
+        board = self._board
+        if board.current.stage is Stage.FAILED:
+            return False
+        return not board.was_ready or board.any_server_ready() or num_failed < _MAX_FAILED_STARTS - 1
+
+    async def _tell_state(self, server: Child) -> None:
+        """Send every change. A server that hears of the drain ends by itself."""
+        while True:
+            changed = self._board.changed
+            try:
+                await server.tell(self._board.current)
+            except trio.BrokenResourceError:
+                return  # it is gone: who listens to it sees that too
             await changed.wait()
+
+    async def _end_when_overdue(self, server: trio.CancelScope) -> None:
+        await self._board.draining.wait()
+        await trio.sleep(self._config.http.drain_timeout + _DRAIN_MARGIN)
+        server.cancel()
 
     async def _keep_engine_group(self, first: FirstChildren) -> None:
         """Fetch the model if need be, then keep an engine group running. Raises StartupFailed when that is hopeless."""
         if first.fetcher:
-            await self._fetch(first.fetcher)
+            self._board.fetched(await self._fetch(first.fetcher))
         group = first.engine_group
-        delay, failed_starts = _FIRST_DELAY, 0
+        back_off, num_failed = BackOff(), 0
         while True:
-            if group is None:
-                assert self._state.model_dir is not None
-                group = start_engine_group(self._config, self._sockets, model_dir=self._state.model_dir)
             started = trio.current_time()
-            was_ready = await self._run_engine_group(group)
-            lived = trio.current_time() - started
-            failed_starts = 0 if was_ready else failed_starts + 1
-            if failed_starts == _MAX_FAILED_STARTS:
-                raise StartupFailed(f"the engine ended {failed_starts} times before it was ready; see the log above")
-            delay = _FIRST_DELAY if lived > _HEALTHY_AFTER else min(2 * delay, _MAX_DELAY)
-            if not self._draining:
-                self._set_state(
-                    stage=Stage.RESTARTING,
-                    detail="the engine is being restarted",
-                    progress=None,
-                    restarts=self._state.restarts + 1,
-                )
+            try:
+                group = group or self._start_engine_group()
+            except OSError as error:
+                life = _Life(end=f"no engine could be started: {error}")
+            else:
+                life = await self._run_engine_group(group)
+            num_failed = 0 if life.was_ready else num_failed + 1
+            # what it says when nothing has ever worked, it would say again
+            if life.failure and not self._board.was_ready:
+                raise StartupFailed(life.failure)
+            if num_failed == _MAX_FAILED_STARTS:
+                raise StartupFailed(life.failure or _never_ready("the engine", num_failed))
+            self._board.engine_lost()
+            delay = back_off.next_delay(lived=trio.current_time() - started, was_ready=life.was_ready)
+            self._board.line(f"{life.end}: starting the engine and its workers again{_after(delay)}")
             await trio.sleep(delay)
             group = None
 
-    async def _fetch(self, fetcher: Process) -> None:
-        async with _control(fetcher) as control:
-            async for message in _messages(control):
-                self._note(message)
-                if isinstance(message, ChildReady):
-                    self._set_state(stage=Stage.LOADING, detail="", progress=None, model_dir=message.model_dir)
-                    return
-        raise StartupFailed(f"fetching the model ended without a result ({_exit_text(fetcher)})")
+    def _start_engine_group(self) -> EngineGroup:
+        model_dir = self._board.current.model_dir
+        assert model_dir is not None
+        return start_engine_group(self._config, self._sockets, model_dir=model_dir, num_blocks=self._num_blocks)
 
-    async def _run_engine_group(self, group: EngineGroup) -> bool:
-        """Until one of its processes ends; then none of them is left. Returns whether it ever was ready."""
-        was_ready = False
+    async def _run_engine_group(self, group: EngineGroup) -> _Life:
+        """Until one of its processes ends; then none of them is left."""
+        life = _Life()
+        first_ended: Process | None = None
 
-        async def watch(process: Process, scope: trio.CancelScope) -> None:
-            nonlocal was_ready
-            async with _control(process) as control:
-                async for message in _messages(control):
+        async def run(process: Process) -> None:
+            nonlocal first_ended
+            child = Child(
+                process,
+                take_in if process is group.engine else take_in_worker,
+                hang_timeout=self._config.supervisor.hang_timeout,
+                report=self._board.line,
+                suspect=lambda silent: self._board.engine_silent(name_of(process), silent),
+            )
+            await child.run()
+            first_ended = first_ended or process
+            nursery.cancel_scope.cancel()
+
+        def take_in(message: ChildToSupervisor) -> None:
+            match message:
+                case ChildReady(num_blocks=num_blocks):
+                    life.was_ready = True
+                    self._num_blocks = num_blocks
+                    self._board.engine_ready()
+                case ChildFailed(message=text):
+                    life.failure = text
+                case _:
                     self._note(message)
-                    if isinstance(message, ChildReady) and process is group.engine:
-                        was_ready = self._engine_is_ready = True
-                        self._note_ready()
-            if not scope.cancel_called:
-                self._terminal.line(f"{process.name} ended ({_exit_text(process)})")
-            scope.cancel()
+
+        def take_in_worker(message: ChildToSupervisor) -> None:
+            # the engine speaks for its workers
+            if not isinstance(message, ChildReady):
+                take_in(message)
 
         async with trio.open_nursery() as nursery:
             for process in group.processes:
-                nursery.start_soon(watch, process, nursery.cancel_scope)
-        self._engine_is_ready = False
-        return was_ready
+                nursery.start_soon(run, process)
+        assert first_ended is not None
+        life.end = how_ended(first_ended, reason=life.failure)
+        return life
+
+    async def _fetch(self, first: Process) -> str:
+        """The model's folder. Raises StartupFailed."""
+        fetcher, hang_timeout = first, self._config.supervisor.hang_timeout
+        result: ChildReady | ChildFailed | None = None
+
+        def take_in(message: ChildToSupervisor) -> None:
+            nonlocal result
+            if isinstance(message, ChildReady | ChildFailed):
+                result = message
+                scope.cancel()
+            else:
+                self._note(message)
+
+        for num_starts in count(1):
+            with trio.CancelScope() as scope:
+                await Child(fetcher, take_in, hang_timeout=hang_timeout, report=self._board.line).run()
+            match result:
+                case ChildReady(model_dir=str(folder)):
+                    return folder
+                case ChildFailed(message=text):
+                    raise StartupFailed(text)
+            end = how_ended(fetcher)
+            if num_starts == _MAX_FAILED_STARTS:
+                raise StartupFailed(f"fetching the model ended without a result: {end}")
+            self._board.line(f"{end}: starting another fetcher")
+            fetcher = start_fetcher(self._config)
+        raise AssertionError("the loop above has no end")
 
     def _note(self, message: ChildToSupervisor) -> None:
         match message:
-            case ChildProgress(stage=stage, detail=detail, progress=progress) if not self._draining:
-                if self._state.stage not in (Stage.READY, Stage.RESTARTING):
-                    self._set_state(stage=stage, detail=detail, progress=progress)
-                elif self._state.stage is Stage.RESTARTING:
-                    self._set_state(detail=detail, progress=progress)
-            case ChildFailed(message=text):
-                raise StartupFailed(text)
+            case ChildProgress():
+                self._board.progress(message)
             case Line(text=text):
-                self._terminal.line(text)
-
-
-@asynccontextmanager
-async def _control(process: Process) -> AsyncIterator[trio.SocketStream]:
-    """The child's control socket as a stream; on leaving, the child is gone and reaped, however we leave."""
-    process.control.setblocking(False)
-    stream = trio.SocketStream(trio.socket.from_stdlib_socket(process.control))
-    try:
-        yield stream
-    finally:
-        process.popen.kill()
-        with trio.CancelScope(shield=True):
-            # a killed process is gone within moments; a thread so that those do not stop the others
-            await trio.to_thread.run_sync(process.popen.wait)
-            await trio.aclose_forcefully(stream)
-
-
-async def _messages(control: trio.SocketStream) -> AsyncIterator[ChildToSupervisor]:
-    """What the child says, until it is gone."""
-    decoder: FrameDecoder[ChildToSupervisor] = FrameDecoder(ChildToSupervisor)
-    while True:
-        try:
-            data = await control.receive_some()
-        except trio.BrokenResourceError:
-            return
-        if not data:
-            return
-        for message in decoder.feed(data):
-            yield message
+                self._board.line(text)
 
 
 def _first_message(failures: BaseExceptionGroup[BaseException]) -> str:
@@ -240,8 +279,9 @@ def _first_message(failures: BaseExceptionGroup[BaseException]) -> str:
     return _first_message(first) if isinstance(first, BaseExceptionGroup) else str(first)
 
 
-def _exit_text(process: Process) -> str:
-    status = process.popen.poll()
-    if status is None:
-        return "still running"
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+def _never_ready(what: str, num_starts: int) -> str:
+    return f"{what} ended {num_starts} times before it was ready; see the log above"
+
+
+def _after(delay: float) -> str:
+    return f" in {delay:g} s" if delay else ""

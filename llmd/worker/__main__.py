@@ -11,6 +11,7 @@ from llmd.protocol.control import ChildFailed, ChildProgress, Stage
 
 def main() -> int:
     config, control = connect_control(int(sys.argv[1]), WorkerConfig)
+    control.beat_in_thread()
     configure_logging(config.log, process="worker")
     control.send(ChildProgress(stage=Stage.LOADING, detail="importing torch"))
 

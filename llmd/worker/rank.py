@@ -3,12 +3,14 @@
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from llmd.child import ControlChannel
 from llmd.config import WorkerConfig
+from llmd.errors import StartupFailed
 from llmd.machine import num_free_cores
 from llmd.model.checkpoint import load_decoder
 from llmd.model.kv_cache import allocate_kv_cache
@@ -41,21 +43,25 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
         model=config.model,
         cache=config.cache,
         scheduler=config.scheduler,
+        num_blocks=config.num_blocks,
     )
     for line in memory.lines():
         control.send(Line(line))
-    model = load_decoder(
-        model_dir,
-        dtype=dtype,
-        device=device,
-        # not what memory has reduced it to: some ropes depend on it, and an answer must not depend on free memory
-        max_model_len=memory.wanted_model_len,
-        progress=_report_progress(control),
-    )
-    # one block more than the scheduler knows of: padding tokens write there
-    kv = allocate_kv_cache(
-        spec, num_blocks=memory.num_blocks + 1, block_size=config.cache.block_size, dtype=dtype, device=device
-    )
+    try:
+        model = load_decoder(
+            model_dir,
+            dtype=dtype,
+            device=device,
+            # not what memory has reduced it to: some ropes depend on it, and an answer must not depend on free memory
+            max_model_len=memory.wanted_model_len,
+            progress=_report_progress(control),
+        )
+        # one block more than the scheduler knows of: padding tokens write there
+        kv = allocate_kv_cache(
+            spec, num_blocks=memory.num_blocks + 1, block_size=config.cache.block_size, dtype=dtype, device=device
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise StartupFailed(f"the memory for weights and KV cache is not there: {error}") from error
     runner = Runner(model, kv, num_blocks=memory.num_blocks, block_size=config.cache.block_size, device=device)
     control.send(ChildReady())
     ready = RankReady(
@@ -64,14 +70,14 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
         max_model_len=memory.max_model_len,
         vocab_size=spec.vocab_size,
     )
-    _serve(runner, config.engine_path, ready)
+    _serve(runner, config.engine_fd, ready)
 
 
-def _serve(runner: Runner, engine_path: str, ready: RankReady) -> None:
+def _serve(runner: Runner, engine_fd: int, ready: RankReady) -> None:
     """Plans come faster than they are done: the next one is usually here when a step ends."""
     decoder: FrameDecoder[EngineToWorker] = FrameDecoder(EngineToWorker)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as engine:
-        engine.connect(engine_path)
+    # an engine that is gone is the end, whether we read or write when we find out
+    with socket.socket(fileno=engine_fd) as engine, suppress(ConnectionError):
         engine.sendall(encode_frame(ready))
         while data := engine.recv(_RECEIVE_SIZE):
             for plan in decoder.feed(data):

@@ -1,0 +1,112 @@
+"""What the system is as a whole, by what happened to its parts. The operator hears each change at once.
+
+Knows stages, not processes.
+"""
+
+import msgspec
+import trio
+
+from llmd.protocol.control import ChildProgress, Stage, SystemState
+from llmd.supervisor.terminal import Terminal
+
+
+class SystemBoard:
+    """The latest `SystemState`. Draining is never taken back, and of a failure only draining is news."""
+
+    def __init__(self, state: SystemState, *, num_servers: int, terminal: Terminal) -> None:
+        self._state = state
+        self._changed = trio.Event()
+        self._num_servers = num_servers
+        self._terminal = terminal
+        self._ready_servers: set[int] = set()  # pids of those whose /health says 200
+        self._announced = False  # that all are ready, since the engine's latest start
+        self.was_ready = False  # ever: clients may be there
+        self.draining = trio.Event()
+
+    @property
+    def current(self) -> SystemState:
+        return self._state
+
+    @property
+    def changed(self) -> trio.Event:
+        """Set at the next change."""
+        return self._changed
+
+    def line(self, text: str) -> None:
+        """For the operator."""
+        self._terminal.line(text)
+
+    def progress(self, message: ChildProgress) -> None:
+        """A child says what it is doing: of interest while nothing works yet, or again."""
+        match self._state.stage:
+            case Stage.STARTING | Stage.FETCHING | Stage.LOADING:
+                self._set(stage=message.stage, detail=message.detail, progress=message.progress)
+            case Stage.RESTARTING:
+                self._set(detail=message.detail, progress=message.progress)
+
+    def fetched(self, model_dir: str) -> None:
+        """The model's folder is there."""
+        if self._is_open():
+            self._set(stage=Stage.LOADING, detail="", progress=None)
+        self._set(model_dir=model_dir)
+
+    def engine_ready(self) -> None:
+        """The engine works. Each server says for itself when it does, see `server_ready`."""
+        if self._is_open():
+            self._set(stage=Stage.READY, detail="", progress=None)
+
+    def engine_silent(self, name: str, silent: bool) -> None:
+        """The process of this name, on the engine's side, gives no sign of life, or gives signs again."""
+        if silent and self._state.stage is Stage.READY:
+            self._set(stage=Stage.STALLED, detail=f"{name} gives no sign of life")
+        elif not silent and self._state.stage is Stage.STALLED:
+            self.line(f"{name} gives signs of life again")
+            self._set(stage=Stage.READY, detail="")
+
+    def engine_lost(self) -> None:
+        """The engine ended, and is being replaced."""
+        self._ready_servers.clear()
+        self._announced = False
+        self._set(restarts=self._state.restarts + 1)
+        if self._is_open():
+            self._set(stage=Stage.RESTARTING, detail="the engine is being restarted", progress=None)
+
+    def server_ready(self, pid: int) -> None:
+        """The `/health` of this server says 200."""
+        self.was_ready = True
+        self._ready_servers.add(pid)
+        if self._state.stage is Stage.READY and len(self._ready_servers) == self._num_servers and not self._announced:
+            self._announced = True
+            self._terminal.show(self._state)
+
+    def server_lost(self, pid: int) -> None:
+        """This server ended."""
+        self._ready_servers.discard(pid)
+
+    def any_server_ready(self) -> bool:
+        return bool(self._ready_servers)
+
+    def drain(self) -> None:
+        """The operator wants an end."""
+        self.draining.set()
+        detail = "draining: running requests finish, new ones are refused"
+        self._set(stage=Stage.DRAINING, detail=detail, progress=None)
+
+    def fail(self, detail: str) -> None:
+        """It cannot go on, for this reason; the first one counts."""
+        if self._state.stage is not Stage.FAILED:
+            self._set(stage=Stage.FAILED, detail=detail, progress=None)
+
+    def _is_open(self) -> bool:
+        return self._state.stage not in (Stage.DRAINING, Stage.FAILED)
+
+    def _set(self, **changes: object) -> None:
+        state = msgspec.structs.replace(self._state, **changes)
+        if state == self._state:
+            return
+        self._state = state
+        # that it is ready is shown once the servers have heard it
+        if state.stage is not Stage.READY:
+            self._terminal.show(state)
+        self._changed.set()
+        self._changed = trio.Event()
