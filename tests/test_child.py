@@ -5,14 +5,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from llmd.child import ControlChannel, connect_control
 from llmd.config import FetchConfig, ModelConfig
-from llmd.protocol.control import ChildProgress, ChildReady, ChildToSupervisor, Stage, SystemState
+from llmd.protocol.control import (
+    BEAT_INTERVAL,
+    Beat,
+    ChildProgress,
+    ChildReady,
+    ChildToSupervisor,
+    Line,
+    Stage,
+    SystemState,
+)
 from llmd.protocol.framing import FrameDecoder, encode_frame
 
 CONFIG = FetchConfig(model=ModelConfig(cache_dir="/nowhere", served_names=("demo",)))
@@ -57,6 +68,42 @@ def test_a_child_reports_to_the_supervisor(supervisor_end: tuple[socket.socket, 
         control.send(message)
     decoder: FrameDecoder[ChildToSupervisor] = FrameDecoder(ChildToSupervisor)
     assert list(decoder.feed(ours.recv(1 << 16))) == messages
+
+
+def test_an_event_loop_gives_signs_of_life(supervisor_end: tuple[socket.socket, int]) -> None:
+    ours, fd = supervisor_end
+    ours.sendall(encode_frame(CONFIG))
+    _, control = connect_control(fd, FetchConfig)
+
+    async def live() -> None:
+        with trio.move_on_after(9.5 * BEAT_INTERVAL):
+            await control.beat_in_loop()
+            raise AssertionError("it ended by itself")
+
+    trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
+    decoder: FrameDecoder[ChildToSupervisor] = FrameDecoder(ChildToSupervisor)
+    assert list(decoder.feed(ours.recv(1 << 16))) == [Beat()] * 10
+    # without a supervisor it ends, and leaves the rest to who waits for that
+    ours.close()
+    trio.run(control.beat_in_loop)
+
+
+def test_threads_do_not_tear_one_anothers_messages(supervisor_end: tuple[socket.socket, int]) -> None:
+    ours, fd = supervisor_end
+    ours.sendall(encode_frame(CONFIG))
+    _, control = connect_control(fd, FetchConfig)
+    # far more than the socket holds, so that senders wait in the middle of a message
+    messages = [Line(str(number) * 100_000) for number in range(4)]
+    threads = [threading.Thread(target=control.send, args=(message,)) for message in messages]
+    for thread in threads:
+        thread.start()
+    decoder: FrameDecoder[ChildToSupervisor] = FrameDecoder(ChildToSupervisor)
+    received: list[ChildToSupervisor] = []
+    while len(received) < len(messages):
+        received += decoder.feed(ours.recv(1 << 16))
+    assert sorted(received, key=messages.index) == messages
+    for thread in threads:
+        thread.join()
 
 
 def test_a_supervisor_that_is_gone_at_once_is_an_error(supervisor_end: tuple[socket.socket, int]) -> None:

@@ -59,6 +59,8 @@ def test_byte_counts(text: str, count: int) -> None:
         ("--max-num-seqs", "0"),
         ("--max-num-queued-reqs", "0"),
         ("--max-num-queued-tokens", "0"),
+        ("--hang-timeout", "1"),
+        ("--step-timeout", "0"),
         ("--dtype", "int4"),
         ("--log-format", "xml"),
         ("--log-level", "loud"),
@@ -196,6 +198,12 @@ def test_spans_need_a_url_and_their_packages(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.util.find_spec", lambda module: module)
     url = "http://localhost:4318"
     assert config("--otlp-traces-endpoint", url).http.otlp_traces_endpoint == url
+
+
+def test_when_a_process_counts_as_lost() -> None:
+    assert (config().supervisor.hang_timeout, config().supervisor.step_timeout) == (10, 300)
+    typed = config("--hang-timeout", "2.5", "--step-timeout", "60").supervisor
+    assert (typed.hang_timeout, typed.step_timeout) == (2.5, 60)
 
 
 def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,14 @@ SPEC: ModelSpec = parse_spec(
 )
 
 
-def plan(available: float, *, on_cpu: bool = True, max_model_len: int | None = None, **cache: Any) -> MemoryLedger:
+def plan(
+    available: float,
+    *,
+    on_cpu: bool = True,
+    max_model_len: int | None = None,
+    num_blocks: int | None = None,
+    **cache: Any,
+) -> MemoryLedger:
     return plan_memory(
         SPEC,
         dtype_bytes=2,
@@ -33,6 +40,7 @@ def plan(available: float, *, on_cpu: bool = True, max_model_len: int | None = N
         model=ModelConfig(cache_dir="", served_names=("m",), max_model_len=max_model_len),
         cache=CacheConfig(**cache),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256),
+        num_blocks=num_blocks,
     )
 
 
@@ -80,3 +88,11 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(StartupFailed, match="--max-model-len 40000 is more than the model allows: 32768"):
         plan(64 * GIB, max_model_len=40_000)
+
+
+def test_a_restart_keeps_the_limits_whatever_is_free() -> None:
+    before = plan(16 * GIB)
+    for available in (0.5 * GIB, 16 * GIB, 64 * GIB):
+        after = plan(available, num_blocks=before.num_blocks)
+        assert (after.num_blocks, after.max_model_len) == (before.num_blocks, before.max_model_len)
+        assert any("as large as before the restart" in line for line in after.lines()) == (available < GIB)
