@@ -93,7 +93,7 @@ def running_server(flags: list[str]) -> Iterator[Server]:
         for line in process.stderr:
             if " · http://" in line:
                 port = int(line.rpartition(":")[2])
-            if line.startswith("ready after"):
+            if "ready after" in line:
                 break
         else:
             raise SystemExit("the server did not start")

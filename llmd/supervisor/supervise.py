@@ -31,6 +31,8 @@ from llmd.supervisor.watch import Child, how_ended, name_of
 _MAX_FAILED_STARTS = 3
 # a server's death cuts its clients, so it may be silent for so many times as long as others
 _SERVER_PATIENCE = 3
+# for an engine whose worker is gone to end by itself
+_ENGINE_GRACE = 1 * SECONDS
 # what a server may take beyond the drain timeout before it is killed
 _DRAIN_MARGIN = 5 * SECONDS
 
@@ -111,7 +113,7 @@ class _Supervisor:
             if not self._board.was_ready and (life.failure or num_failed == _MAX_FAILED_STARTS):
                 raise StartupFailed(life.failure or _never_ready("a server process", num_failed))
             delay = back_off.next_delay(lived=trio.current_time() - started, was_ready=life.was_ready)
-            self._board.line(f"{life.end}: starting another server{_after(delay)}")
+            self._board.warning(f"{life.end}: starting another server{_after(delay)}")
             await trio.sleep(delay)
             server = None
 
@@ -134,7 +136,7 @@ class _Supervisor:
                     self._note(message)
 
         patience = _SERVER_PATIENCE * self._config.supervisor.hang_timeout
-        child = Child(server, take_in, hang_timeout=patience, report=self._board.line)
+        child = Child(server, take_in, hang_timeout=patience, report=self._board.warning)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell_state, child)
             nursery.start_soon(self._end_when_overdue, nursery.cancel_scope)
@@ -188,7 +190,7 @@ class _Supervisor:
                 raise StartupFailed(life.failure or _never_ready("the engine", num_failed))
             self._board.engine_lost()
             delay = back_off.next_delay(lived=trio.current_time() - started, was_ready=life.was_ready)
-            self._board.line(f"{life.end}: starting the engine and its workers again{_after(delay)}")
+            self._board.warning(f"{life.end}: starting the engine and its workers again{_after(delay)}")
             await trio.sleep(delay)
             group = None
 
@@ -208,11 +210,14 @@ class _Supervisor:
                 process,
                 take_in if process is group.engine else take_in_worker,
                 hang_timeout=self._config.supervisor.hang_timeout,
-                report=self._board.line,
+                report=self._board.warning,
                 suspect=lambda silent: self._board.engine_silent(name_of(process), silent),
             )
             await child.run()
             first_ended = first_ended or process
+            if process is not group.engine:
+                # cut short by the end of the engine, which has yet to tell the servers what came before
+                await trio.sleep(_ENGINE_GRACE)
             nursery.cancel_scope.cancel()
 
         def take_in(message: ChildToSupervisor) -> None:
@@ -253,7 +258,7 @@ class _Supervisor:
 
         for num_starts in count(1):
             with trio.CancelScope() as scope:
-                await Child(fetcher, take_in, hang_timeout=hang_timeout, report=self._board.line).run()
+                await Child(fetcher, take_in, hang_timeout=hang_timeout, report=self._board.warning).run()
             match result:
                 case ChildReady(model_dir=str(folder)):
                     return folder
@@ -262,7 +267,7 @@ class _Supervisor:
             end = how_ended(fetcher)
             if num_starts == _MAX_FAILED_STARTS:
                 raise StartupFailed(f"fetching the model ended without a result: {end}")
-            self._board.line(f"{end}: starting another fetcher")
+            self._board.warning(f"{end}: starting another fetcher")
             fetcher = start_fetcher(self._config)
         raise AssertionError("the loop above has no end")
 

@@ -3,6 +3,8 @@
 Knows stages, not processes.
 """
 
+import logging
+
 import msgspec
 import trio
 
@@ -36,6 +38,10 @@ class SystemBoard:
         """For the operator."""
         self._terminal.line(text)
 
+    def warning(self, text: str) -> None:
+        """For the operator, of what should not have happened."""
+        self._terminal.line(text, level=logging.WARNING)
+
     def progress(self, message: ChildProgress) -> None:
         """A child says what it is doing: of interest while nothing works yet, or again."""
         match self._state.stage:
@@ -60,7 +66,7 @@ class SystemBoard:
         if silent and self._state.stage is Stage.READY:
             self._set(stage=Stage.STALLED, detail=f"{name} gives no sign of life")
         elif not silent and self._state.stage is Stage.STALLED:
-            self.line(f"{name} gives signs of life again")
+            self.warning(f"{name} gives signs of life again")
             self._set(stage=Stage.READY, detail="")
 
     def engine_lost(self) -> None:

@@ -138,9 +138,7 @@ def test_a_rank_that_hangs_in_a_step_is_lost(tmp_path: Path) -> None:
         server.sendall(encode_frame(request))
         assert engine.process.wait(30) == 1
         assert engine.process.stderr is not None
-        assert (
-            engine.process.stderr.read().decode() == f"llmd engine: rank 0 has not finished a step for 1 s{os.linesep}"
-        )
+        assert "rank 0 has not finished a step for 1 s" in engine.process.stderr.read().decode()
 
 
 def test_a_rank_that_dies_while_it_loads_is_lost(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_stream_survives_a_hang(server: RunningServer, undisturbed: str, victi
     (pid,) = pids(server, f"llmd.{victim}")
     before = restarts(server)
     assert streamed(server, lambda _: os.kill(pid, signal.SIGSTOP)) == (undisturbed, [])
-    assert f"{victim} {pid} has given no sign of life for {HANG_TIMEOUT} s: replacing it" in server.log
+    server.wait_log(f"{victim} {pid} has given no sign of life for {HANG_TIMEOUT} s: replacing it", occurrences=1)
     assert restarts(server) == before + 1
 
 

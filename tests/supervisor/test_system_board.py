@@ -2,6 +2,7 @@
 
 import pytest
 
+from llmd.config import LogConfig
 from llmd.protocol.control import ChildProgress, Stage, SystemState
 from llmd.supervisor.back_off import BackOff
 from llmd.supervisor.system_board import SystemBoard
@@ -12,7 +13,7 @@ LOADING = ChildProgress(stage=Stage.LOADING, detail="loading weights", progress=
 
 @pytest.fixture
 def board() -> SystemBoard:
-    return SystemBoard(SystemState(stage=Stage.FETCHING), num_servers=2, terminal=Terminal())
+    return SystemBoard(SystemState(stage=Stage.FETCHING), num_servers=2, terminal=Terminal(LogConfig()))
 
 
 def test_ready_is_announced_when_all_servers_are(board: SystemBoard, capsys: pytest.CaptureFixture[str]) -> None:
