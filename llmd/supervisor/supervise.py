@@ -114,7 +114,9 @@ class _Supervisor:
                 raise StartupFailed(life.failure or _never_ready("a server process", num_failed))
             delay = back_off.next_delay(lived=trio.current_time() - started, was_ready=life.was_ready)
             self._board.warning(f"{life.end}: starting another server{_after(delay)}")
-            await trio.sleep(delay)
+            with trio.move_on_after(delay):
+                await self._board.draining.wait()
+                return
             server = None
 
     async def _run_server(self, server: Process, *, num_failed: int) -> _Life:

@@ -13,10 +13,9 @@ import httpx
 import pytest
 
 from tests.end_to_end.running_server import START_TIMEOUT, RunningServer, running_server
+from tests.supervisor.streaming import LONG
 
 pytestmark = pytest.mark.slow
-
-LONG = {"prompt": "abc", "max_tokens": 300, "seed": 3, "ignore_eos": True}
 
 
 @pytest.fixture
