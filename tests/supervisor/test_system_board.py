@@ -1,5 +1,7 @@
 """What the system says it is, by what happens to its parts."""
 
+import logging
+
 import pytest
 
 from llmd.config import LogConfig
@@ -16,7 +18,8 @@ def board() -> SystemBoard:
     return SystemBoard(SystemState(stage=Stage.FETCHING), num_servers=2, terminal=Terminal(LogConfig()))
 
 
-def test_ready_is_announced_when_all_servers_are(board: SystemBoard, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ready_is_announced_when_all_servers_are(board: SystemBoard, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "llmd")
     board.fetched("/model")
     board.progress(LOADING)
     assert (board.current.stage, board.current.progress, board.current.model_dir) == (Stage.LOADING, 0.5, "/model")
@@ -25,15 +28,16 @@ def test_ready_is_announced_when_all_servers_are(board: SystemBoard, capsys: pyt
     board.server_ready(1)
     board.server_lost(1)
     board.server_ready(2)
-    assert "ready after" not in capsys.readouterr().err
+    assert "ready after" not in caplog.text
     board.server_ready(3)
-    assert "ready after" in capsys.readouterr().err
+    assert "ready after" in caplog.text
+    caplog.clear()
     board.engine_lost()
     board.engine_ready()
     board.server_ready(2)
-    assert "ready after" not in capsys.readouterr().err
+    assert "ready after" not in caplog.text
     board.server_ready(3)
-    assert "ready after" in capsys.readouterr().err
+    assert "ready after" in caplog.text
     assert board.current.restarts == 1
 
 
