@@ -17,6 +17,7 @@ from llmd.server.context import Server, StateBoard
 from llmd.server.engine_client import EngineClient
 from llmd.server.exposition import own_figures
 from llmd.server.figures import leave_figures, left_before, without_gauges
+from llmd.server.health import stage_of
 from llmd.server.metrics import Metrics
 from llmd.server.serving import CUT_GRACE, serve
 from llmd.server.text_model import load_text_model
@@ -46,7 +47,7 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
         nursery.start_soon(control.beat_in_loop)
         nursery.start_soon(server.engine.run)
         nursery.start_soon(leave_figures, config, partial(own_figures, server))
-        nursery.start_soon(_follow_state, server, control, stop, nursery.cancel_scope)
+        nursery.start_soon(_follow_state, server, control, stop, nursery)
         nursery.start_soon(_load_text, server, control)
         await serve(create_app(server), config.http, sockets=sockets, stop=stop)
         nursery.cancel_scope.cancel()
@@ -54,20 +55,19 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
         await server.tracer.flush()
 
 
-async def _follow_state(
-    server: Server, control: ControlChannel, stop: trio.Event, everything: trio.CancelScope
-) -> None:
+async def _follow_state(server: Server, control: ControlChannel, stop: trio.Event, everything: trio.Nursery) -> None:
     """Keep the state board true, until the supervisor is gone: then nobody needs this process either."""
     while (state := await control.wait_state()) is not None:
         server.state.update(state)
-        _report_ready(server, control)
-        if state.stage is Stage.FAILED:
+        if state.stage is Stage.READY:
+            everything.start_soon(_report_ready, server, control)
+        elif state.stage is Stage.FAILED:
             server.engine.fail_all(f"The engine has failed: {state.detail}")
         elif state.stage is Stage.DRAINING and not stop.is_set():
             # unhandled, SIGALRM ends the process even if its event loop is stuck
             signal.alarm(math.ceil(server.config.http.drain_timeout + CUT_GRACE + _WATCHDOG_MARGIN))
             stop.set()
-    everything.cancel()
+    everything.cancel_scope.cancel()
 
 
 async def _load_text(server: Server, control: ControlChannel) -> None:
@@ -80,10 +80,11 @@ async def _load_text(server: Server, control: ControlChannel) -> None:
         # the supervisor decides what becomes of the whole; until then, `/health` goes on telling what it knows
         control.send(ChildFailed(str(error)))
     else:
-        _report_ready(server, control)
+        await _report_ready(server, control)
 
 
-def _report_ready(server: Server, control: ControlChannel) -> None:
-    """Tell the supervisor if `/health` says 200 from now on."""
-    if server.state.current.stage is Stage.READY and server.text is not None:
+async def _report_ready(server: Server, control: ControlChannel) -> None:
+    """Tell the supervisor as soon as `/health` says 200, unless something else is missing: then that comes here too."""
+    await server.engine.wait_ready()
+    if stage_of(server)[0] is Stage.READY:
         control.send(ChildReady())
