@@ -14,7 +14,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 
 from llmd.errors import Unavailable
 from llmd.server.error_handlers import error_body, error_response
-from llmd.server.responses import StreamResponse
+from llmd.server.responses import DONE, StreamResponse
 
 Message = Any  # an ASGI event: a dictionary with a "type"
 Receive = Callable[[], Awaitable[Message]]
@@ -155,7 +155,7 @@ class ClientConnection(TrioASGIHTTPConnection):
         if work.cancelled_caught:
             failure = _shutting_down()
         if failure is not None:
-            await send_bytes(b"data: " + error_body(failure) + b"\n\n")
+            await send_bytes(b"data: " + error_body(failure) + b"\n\n" + DONE)
 
 
 def _shutting_down() -> Unavailable:

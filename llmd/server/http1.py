@@ -1,13 +1,15 @@
 """Hypercorn's HTTP/1.1 protocol with its sharp edges off. Knows nothing of sockets or of the application."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from itertools import chain
 
 import h11
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.protocol.events import Body, EndBody
+from hypercorn.protocol.events import Body, EndBody, Response
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
 from werkzeug.exceptions import BadRequest, HTTPException, default_exceptions
@@ -88,6 +90,12 @@ class Http1Protocol(H11Protocol):
         else:  # NEED_DATA, ConnectionClosed, or PAUSED until the request that runs is answered
             return False
         return True
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send what the application answers; while the server drains, with the word that nothing comes after it."""
+        if isinstance(event, Response) and self.context.terminated.is_set():
+            event = replace(event, headers=[*event.headers, (b"connection", b"close")])
+        await super().stream_send(event)
 
     async def _maybe_recycle(self) -> None:
         await super()._maybe_recycle()

@@ -7,6 +7,8 @@ from quart_trio.wrappers import TrioResponse
 
 Send = Callable[[bytes], Awaitable[None]]
 
+DONE = b"data: [DONE]\n\n"  # what a stream ends with, also one that failed
+
 _encoder = msgspec.json.Encoder()
 
 
@@ -20,8 +22,8 @@ class StreamResponse(TrioResponse):
 
     `run` begins after the route has returned, so there is no request context any more: take what it needs from the
     request before. Each `send` hands its bytes on at once, and waits only for a client that reads slowly. If the
-    client leaves, `run` is cancelled where it awaits; clean-up may not await. An exception out of `run` becomes a last
-    `data: {"error": …}` event.
+    client leaves, `run` is cancelled where it awaits; clean-up may not await. An exception out of `run` becomes an
+    event `data: {"error": …}`, and `DONE` after it.
     """
 
     def __init__(self, run: Callable[[Send], Awaitable[None]]) -> None:

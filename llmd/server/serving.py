@@ -45,8 +45,10 @@ async def serve(
 ) -> None:
     """Answer on these listening sockets until `stop`, and then until no request is open.
 
-    After `stop`, connections that wait for a request are closed, and every other one after its answer. What is not done
-    after `config.drain_timeout` seconds is ended with an error. No connection can end another one, or this function.
+    Until then nobody is turned away without an answer: new connections are taken and idle ones stay open, so that a
+    probe or a late client hears from the application that it drains; but each gets only one more answer. (An idle one
+    of HTTP/2 is closed: GOAWAY tells its client to come again on another.) What is not done `config.drain_timeout`
+    seconds after `stop` is ended with an error. No connection can end another one, or this function.
     """
     open_requests = OpenRequests()
     connections: set[_Connection] = set()
@@ -152,10 +154,12 @@ class _Connection:
             self._transport.close()
 
     def drain(self) -> None:
-        """No more requests: close now if none runs, else after the answers."""
+        """Have the client come again on another connection, where its protocol has a word for that."""
+        if not isinstance(self._protocol, Http2Protocol):
+            return
         if self._idle:
             self._reading.cancel()
-        elif isinstance(self._protocol, Http2Protocol):
+        else:
             self._protocol.drain()
 
     async def _begin(self) -> str | None:

@@ -11,9 +11,8 @@ from llmd.server.answer import Answer, Delta
 from llmd.server.error_handlers import error_body
 from llmd.server.openai_responses import Usage
 from llmd.server.question import Question
-from llmd.server.responses import Send
+from llmd.server.responses import DONE, Send
 
-DONE = b"data: [DONE]\n\n"
 # a comment: clients skip it, proxies see that the connection lives (WHATWG HTML, section 9.2.6)
 KEEP_ALIVE = b": keep-alive\n\n"
 

@@ -226,7 +226,8 @@ async def test_slow_reader_gets_everything(serving: Serving) -> None:
 
 
 @trio_test
-async def test_shutdown_closes_idle_connections_at_once(serving: Serving) -> None:
+async def test_who_comes_during_the_shutdown_is_answered_once(serving: Serving) -> None:
+    """Idle connections were closed under the next request of their clients, and a probe had no answer to look at."""
     small = SmallApp()
     async with serving(small.app) as server:
         fresh, idle, busy = await server.connect(), await server.connect(), await server.connect()
@@ -235,9 +236,25 @@ async def test_shutdown_closes_idle_connections_at_once(serving: Serving) -> Non
         await busy.send_all(http_request("/hang"))
         await until(small.is_working)
         server.stop.set()
+        await trio.testing.wait_all_tasks_blocked()
+        for stream in (fresh, idle, await server.connect()):
+            await stream.send_all(http_request("/quick"))
+            answer = parse_answer(await read_all(stream))
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+        assert small.is_working()
+
+
+@trio_test
+async def test_idle_connections_do_not_hold_up_the_shutdown(serving: Serving) -> None:
+    async with serving(SmallApp().app) as server:
+        fresh, idle = await server.connect(), await server.connect()
+        await idle.send_all(http_request("/quick"))
+        await read_until(idle, b'{"ok":true}')
+        server.stop.set()
         assert await read_all(fresh) == b""
         assert await read_all(idle) == b""
-        assert small.is_working()
+        with trio.fail_after(SOON):
+            await server.stopped.wait()
 
 
 @trio_test
@@ -265,6 +282,7 @@ async def test_shutdown_ends_what_takes_too_long_with_an_error(serving: Serving)
         server.stop.set()
         streamed = await read_all(streaming)
         assert b'data: {"error":{"message":"The server is shutting down' in streamed
+        assert b"data: [DONE]\n\n" in streamed
         assert streamed.endswith(b"0\r\n\r\n")
         answer = parse_answer(await read_all(waiting))
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")

@@ -326,12 +326,10 @@ async def test_shutdown_closes_idle_connections_at_once(serving_h2: Serving) -> 
     async with serving_h2(small.app) as server, h2_client(server) as idle, h2_client(server) as busy:
         await busy.begin("/hang")
         await until(small.is_working)
-        in_handshake = await server.connect_socket()
         await trio.testing.wait_all_tasks_blocked(0.05)
         server.stop.set()
         await idle.read_to_end()
         assert idle.goaway is not None
-        assert await in_handshake.receive_some() == b""
         assert small.is_working()
 
 
