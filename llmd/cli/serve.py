@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import signal
 import socket
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 from llmd import __version__
 from llmd.config import HttpConfig
 from llmd.errors import StartupFailed
-from llmd.supervisor.processes import listen_tcp
+from llmd.supervisor.processes import END_SIGNALS, listen_tcp
 from llmd.supervisor.unix_socket import listening_unix_socket
 
 
 def serve(flags: argparse.Namespace) -> int:
-    """Run a server until it is told to stop. Returns the exit status."""
+    """Run a server until it is told to stop. Returns the exit status, with which the process is to end."""
+    # a signal waits until the supervisor can take it: before that it would leave files and children behind
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
         with _listening(flags) as listener:
             return _serve_on(listener, flags)

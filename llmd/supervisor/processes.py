@@ -1,6 +1,7 @@
 """Starting a child process with its control socket. Knows modules and file descriptors; no event loop, so that the
 children can be on their way while the supervisor still imports its own."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from llmd.config import EngineConfig, FetchConfig, ServerConfig, WorkerConfig
 from llmd.protocol.framing import encode_frame
 
 ChildConfig = ServerConfig | EngineConfig | WorkerConfig | FetchConfig
+
+# what tells a server to end: from an init system, or Ctrl-C in a terminal
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # `ps` shows the architecture: python -m llmd.server, llmd.engine, llmd.worker
 _MODULES = {

@@ -14,7 +14,7 @@ from llmd.config import SECONDS, Config
 from llmd.errors import StartupFailed
 from llmd.protocol.control import ChildFailed, ChildProgress, ChildReady, ChildToSupervisor, Line, Stage, SystemState
 from llmd.supervisor.back_off import BackOff
-from llmd.supervisor.processes import Process
+from llmd.supervisor.processes import END_SIGNALS, Process
 from llmd.supervisor.start import (
     EngineGroup,
     FirstChildren,
@@ -69,7 +69,12 @@ class _Supervisor:
 
     async def _await_signals(self, everything: trio.CancelScope) -> None:
         """First SIGTERM or SIGINT: drain. The second: end at once."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        for each in END_SIGNALS:
+            # what comes once this receiver is closed changes nothing: everything ends already
+            signal.signal(each, lambda *_: None)
+        with trio.open_signal_receiver(*END_SIGNALS) as signals:
+            # they were held back while nobody could take them
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
             async for _ in signals:
                 if self._board.draining.is_set():
                     everything.cancel()
