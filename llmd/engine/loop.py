@@ -121,6 +121,8 @@ class EngineLoop:
         while True:
             self._changed = trio.Event()
             while (plan := self._scheduler.plan()) is not None:
+                # its result may come, and end the last request, while it is being sent
+                was_idle = False
                 for connection, request_id in self._scheduler.started(plan):
                     self._outboxes[connection].put_started(request_id)
                 await self._ranks.send(plan)
