@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,6 @@ pytestmark = pytest.mark.slow
 
 # far more than any test waits for: whoever comes to the end of it was not cancelled
 MANY_TOKENS = 3000
-MAX_MODEL_LEN = 4096
 LONG = {"prompt": "abc", "max_tokens": MANY_TOKENS, "ignore_eos": True, "temperature": 0.5}
 
 # for 500 clients that leave at once; the promise is 2 s on a machine that does nothing else
@@ -42,13 +42,10 @@ NUM_CLIENTS = 500
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    from make_tiny_model import make_tiny_model
-
-    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=MAX_MODEL_LEN)
+def server(long_model_dir: Path) -> Iterator[RunningServer]:
     # few tokens a step, so that a long prompt takes many; few sequences, so that some must wait
     limits = ("--max-num-batched-tokens", "8", "--max-num-seqs", "4", "--max-num-queued-reqs", "4000")
-    with running_server("--model", str(folder), *limits, "--threads", "1") as running:
+    with running_server("--model", str(long_model_dir), *limits, "--threads", "1") as running:
         assert_nothing_is_left(running, figures(running))
         before = holdings(running)
         yield running
@@ -251,6 +248,48 @@ def health(server: RunningServer) -> bytes:
     answer = say(server, f"GET /health HTTP/1.1\r\nHost: test\r\n{CLOSE}\r\n".encode())
     status: bytes = json.loads(answer[answer.index(b"{") :])["status"].encode()
     return status
+
+
+# --- deadlines
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_a_deadline_passes_while_the_engine_hangs(server: RunningServer, stream: bool) -> None:
+    before = figures(server)
+    worker = server.child_pids()["llmd.worker"]
+    with connect(address(server)) as begun, connect(address(server)) as queued:
+        begun.sendall(request_bytes({**LONG, "n": 4, "timeout": 1.5, "stream": stream}, headers=CLOSE))
+        decodes(server, before)
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            queued.sendall(request_bytes({**LONG, "timeout": 0.5, "stream": stream}, headers=CLOSE))
+            late, early = read_all(queued), read_all(begun)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+    assert b"deadline_exceeded" in late
+    assert late.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 408")
+    # it ends with what it has
+    assert early.startswith(b"HTTP/1.1 200")
+    assert early.count(b'"finish_reason":"length"') == 4
+    rest = wait_for(lambda: figures(server), lambda now: now.is_idle)
+    assert rest.num_ended == before.num_ended + 5
+    assert rest.num_output_tokens - before.num_output_tokens < 4 * MANY_TOKENS
+
+
+def test_a_deadline_passes_while_the_engine_is_dead(server: RunningServer) -> None:
+    before = figures(server)
+    with connect(address(server)) as client:
+        client.sendall(request_bytes({**LONG, "timeout": 1.2, "stream": True}, headers=CLOSE))
+        decodes(server, before)
+        os.kill(server.child_pids()["llmd.worker"], signal.SIGKILL)
+        answer = read_all(client)
+    assert b'"finish_reason":"length"' in answer
+    assert b"data: [DONE]" in answer
+    # the next engine is not asked for the rest
+    rest = wait_for(lambda: figures(server), lambda now: now.is_idle)
+    assert rest.num_output_tokens == 0
+    wait_for(lambda: health(server), lambda status: status == b"ok")
+    assert_nothing_is_left(server, rest)
 
 
 # --- all at once
