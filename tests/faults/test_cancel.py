@@ -28,7 +28,16 @@ from tests.faults.clients import (
     request_bytes,
     rst,
 )
-from tests.faults.facts import Figures, busy_threads, figures, holdings, num_connections, resident_bytes, wait_for
+from tests.faults.facts import (
+    Figures,
+    Holdings,
+    busy_threads,
+    figures,
+    holdings,
+    num_connections,
+    resident_bytes,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -47,12 +56,17 @@ def server(long_model_dir: Path) -> Iterator[RunningServer]:
     limits = ("--max-num-batched-tokens", "8", "--max-num-seqs", "4", "--max-num-queued-reqs", "4000")
     with running_server("--model", str(long_model_dir), *limits, "--threads", "1") as running:
         assert_nothing_is_left(running, figures(running))
-        before = holdings(running)
         yield running
-        # what every test of this module has left behind, all together
-        wait_for(lambda: holdings(running), lambda now: now == before)
         assert running.process.poll() is None
         assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def at_rest(server: RunningServer) -> Iterator[Holdings]:
+    """What the processes hold when nobody asks for anything; so it is again when all tests are done."""
+    at_rest = holdings(server)
+    yield at_rest
+    wait_for(lambda: holdings(server), lambda now: now == at_rest)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +156,15 @@ def test_a_client_leaves(server: RunningServer, ways: dict[str, Way], moment: st
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_client_leaves_in_the_middle_of_its_upload(server: RunningServer, ways: dict[str, Way], way: str) -> None:
-    before, held_before = figures(server), holdings(server)
+def test_a_client_leaves_in_the_middle_of_its_upload(
+    server: RunningServer, at_rest: Holdings, ways: dict[str, Way], way: str
+) -> None:
+    before = figures(server)
     client = ways[way].connect()
     client.sendall(request_bytes({**LONG, "prompt": "x" * 200_000})[:100_000])
     wait_for(lambda: num_connections(server), lambda number: number == 1)
     ways[way].leave(client)
-    assert holdings(server) == held_before
+    wait_for(lambda: holdings(server), lambda now: now == at_rest)
     assert_nothing_is_left(server, before)
 
 
@@ -321,8 +337,8 @@ def leave_all(clients: list[socket.socket]) -> None:
         (fin, rst)[number % 2](client)
 
 
-def test_500_clients_leave_at_once(server: RunningServer) -> None:
-    held_before, memory = holdings(server), []
+def test_500_clients_leave_at_once(server: RunningServer, at_rest: Holdings) -> None:
+    memory = []
     for _ in range(3):
         before = figures(server)
         clients, num_sequences = storm(server, until=lambda now, asked: now.num_running + now.num_waiting == asked)
@@ -333,22 +349,22 @@ def test_500_clients_leave_at_once(server: RunningServer) -> None:
         print(f"{NUM_CLIENTS} clients left: at rest after {seconds:.2f} s")
         assert seconds < STORM_GUARD
         assert rest.num_aborted == before.num_aborted + num_sequences
-        assert holdings(server) == held_before
+        wait_for(lambda: holdings(server), lambda now: now == at_rest)
         assert_nothing_is_left(server, rest)
         memory.append(resident_bytes(server))
     # the first one may warm up what is kept
     assert memory[2] - memory[0] < 32 << 20
 
 
-def test_500_clients_leave_a_dead_engine(server: RunningServer) -> None:
-    before, held_before = figures(server), holdings(server)
+def test_500_clients_leave_a_dead_engine(server: RunningServer, at_rest: Holdings) -> None:
+    before = figures(server)
     pid = server.child_pids()["llmd.server"]
     clients, num_sequences = storm(server, until=lambda now, asked: now.num_running + now.num_waiting == asked)
     os.kill(server.child_pids()["llmd.engine"], signal.SIGKILL)
     leave_all(clients)
     wait_for(lambda: figures(server), lambda now: now.num_aborted == before.num_aborted + num_sequences)
     wait_for(lambda: health(server), lambda status: status == b"ok")
-    assert holdings(server) == held_before
+    wait_for(lambda: holdings(server), lambda now: now == at_rest)
     assert server.child_pids()["llmd.server"] == pid
     rest = wait_for(lambda: figures(server), lambda now: now.is_idle)
     assert rest.num_output_tokens == 0

@@ -296,6 +296,35 @@ def test_a_deadline_in_the_middle_ends_with_what_there_is(tiny_model_dir: Path, 
     run(main)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_resumed_request_keeps_its_deadline(tiny_model_dir: Path, path: str) -> None:
+    """Its time runs from its arrival, however many engines it sees."""
+
+    async def main() -> None:
+        async with (
+            application(tiny_model_dir, stall_after=2, die_after=[2], script=say("Hello, world")) as app,
+            trio.open_nursery() as nursery,
+        ):
+            begun = trio.current_time()
+            answers: list[Any] = []
+
+            async def ask() -> None:
+                answers.append(await app.post(path, body_for(path, timeout=3)))
+                assert trio.current_time() - begun == pytest.approx(3.0)
+
+            nursery.start_soon(ask)
+            await app.engine.wait_until(lambda: len(app.engine.received) == 2)
+            await trio.sleep(2.0)
+            await go_on(app, stall_after=4)
+            await until(lambda: bool(answers))
+            status, whole = answers[0]
+            choice = whole["choices"][0]
+            assert (status, choice["finish_reason"]) == (200, "length")
+            assert (choice.get("text") or choice["message"]["content"]) == "Hell"
+
+    run(main)
+
+
 def test_a_choice_without_a_token_ends_empty_where_another_has_some(tiny_model_dir: Path) -> None:
     async def main() -> None:
         async with application(tiny_model_dir, stall_after=0) as app, trio.open_nursery() as nursery:
