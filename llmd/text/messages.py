@@ -4,6 +4,7 @@ A message is a JSON object: "role", "content" (text, a list of parts, or None) a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from llmd.errors import InvalidRequest
@@ -76,24 +77,29 @@ def _as_user(message: Message) -> Message:
 def _merge_neighbours(messages: Sequence[Message]) -> list[Message]:
     """Neighbours of the same role become one, where they hold nothing but content (tool calls stay apart)."""
     merged: list[Message] = []
-    for message in messages:
-        previous = merged[-1] if merged else None
-        if previous is not None and previous["role"] == message["role"] and _is_plain(previous) and _is_plain(message):
-            merged[-1] = {**previous, "content": _join(previous["content"], message["content"])}
-        else:
-            merged.append(message)
+    for (_, role), group in groupby(enumerate(messages), key=_neighbourhood):
+        alike = [message for _, message in group]
+        # joined once: pair by pair, ten thousand of them would take minutes
+        merged.append(alike[0] if len(alike) == 1 else {"role": role, "content": _joined(alike)})
     return merged
+
+
+def _neighbourhood(numbered: tuple[int, Message]) -> tuple[int, Any]:
+    """The same for messages that may be merged: (−1, role), and for any other message its own index."""
+    index, message = numbered
+    return (-1 if _is_plain(message) else index), message["role"]
 
 
 def _is_plain(message: Message) -> bool:
     return message["role"] in ("user", "assistant", *_SYSTEM_ROLES) and message.keys() == {"role", "content"}
 
 
-def _join(first: str | list[Message], second: str | list[Message]) -> str | list[Message]:
-    """Two contents as one: texts with an empty line between them, lists of parts one behind the other."""
-    if isinstance(first, str) and isinstance(second, str):
-        return "\n\n".join(filter(None, (first, second)))
-    return [*_as_parts(first), *_as_parts(second)]
+def _joined(messages: Sequence[Message]) -> str | list[Message]:
+    """Their contents as one: texts with an empty line between them, lists of parts one behind the other."""
+    contents = [message["content"] for message in messages]
+    if all(isinstance(content, str) for content in contents):
+        return "\n\n".join(filter(None, contents))
+    return [part for content in contents for part in _as_parts(content)]
 
 
 def _as_parts(content: str | list[Message]) -> list[Message]:

@@ -80,14 +80,13 @@ class Tokenizer:
         `add_special_tokens`: what the tokenizer puts around a text (mostly BOS in front) is added; not for the
         output of a chat template, which writes them itself. Raises InvalidRequest for text that is not Unicode.
         """
-        try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:
-            raise _not_unicode() from None
+        (token_ids,) = self.encode_many([text], add_special_tokens=add_special_tokens)
+        return token_ids
 
     def encode_many(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """The same for many texts, on as many threads as there are cores."""
+        """The same for many texts, on as many threads as there are cores. Other threads of this process go on."""
         try:
+            # the library's `encode` holds the interpreter lock from beginning to end, whatever thread it runs in
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             raise _not_unicode() from None
