@@ -24,12 +24,13 @@ from llmd.server.tokenization import encode_conversation
 async def chat_completions(server: Server) -> Response:
     """POST /v1/chat/completions"""
     arrived = trio.current_time()
-    request = decode_request(await read_json_body(), ChatCompletionRequest)
+    body = await read_json_body()
+    request = decode_request(body, ChatCompletionRequest)
     check_model(request.model, server.config.model.served_names)
     text = admit(server)
     check_ranges(request, vocab_size=text.vocab_size, max_logprobs=server.config.http.max_logprobs)
-    prompt = Prompt(await encode_conversation(text, request, reasoning_effort=request.reasoning_effort))
-    question = ask(server, request, [prompt], id_prefix="chatcmpl", arrived=arrived)
+    token_ids = await encode_conversation(text, request, num_bytes=len(body), reasoning_effort=request.reasoning_effort)
+    question = ask(server, request, [Prompt(token_ids)], id_prefix="chatcmpl", arrived=arrived)
     view = _ChatView(question, request, text, _role(server, request))
     log_request(server.config.log, question)
     answer = begin(server, question)

@@ -14,7 +14,7 @@ from llmd.server.context import Server, TextModel
 from llmd.server.logprobs import completion_logprobs
 from llmd.server.openai_responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from llmd.server.openai_types import CompletionRequest
-from llmd.server.parameters import check_model, check_ranges, check_token_ids
+from llmd.server.parameters import check_model, check_prompt_fits, check_ranges, check_token_ids
 from llmd.server.question import Prompt, Question, admit, ask
 from llmd.server.request_body import read_json_body
 from llmd.server.request_decoding import decode_request
@@ -51,6 +51,9 @@ async def _prompts(text: TextModel, request: CompletionRequest) -> list[Prompt]:
         raise InvalidRequest("please provide at least one prompt", param="prompt")
     if len(given) > MAX_PROMPTS and not isinstance(given[0], int):
         raise InvalidRequest(f"A request can have at most {MAX_PROMPTS} prompts, got {len(given)}.", param="prompt")
+    if isinstance(given[0], int):
+        # before anything is done with each of a million tokens
+        check_prompt_fits(len(given), max_model_len=text.max_model_len, source="prompt")
     kinds = set(map(type, given))
     if kinds == {str}:
         prompts = await _text_prompts(text, cast(list[str], given), request)
@@ -77,6 +80,7 @@ async def _text_prompts(text: TextModel, given: list[str], request: CompletionRe
 
 
 def _token_prompt(text: TextModel, token_ids: list[int], param: str) -> Prompt:
+    check_prompt_fits(len(token_ids), max_model_len=text.max_model_len, source="prompt")
     check_token_ids(token_ids, vocab_size=text.vocab_size, param=param)
     return Prompt(token_ids)
 

@@ -13,6 +13,7 @@ from llmd.protocol.control import Stage, SystemState
 from llmd.protocol.figures import Family
 from llmd.server.engine_client import EngineClient
 from llmd.server.metrics import Metrics
+from llmd.server.text_threads import TextThreads
 from llmd.text.chat_template import ChatTemplate
 from llmd.text.tokenizer import Tokenizer
 
@@ -32,6 +33,12 @@ class TextModel:
     max_model_len: int  # tokens of prompt and answer that fit, as the engine found
     vocab_size: int  # token ids that tokenizer and model both know
     sampling_defaults: Mapping[str, float]  # of generation_config.json; empty unless the operator asked for them
+    threads: TextThreads = field(default_factory=TextThreads)
+
+    @property
+    def max_characters(self) -> int:
+        """Of a prompt: a longer one has more than `max_model_len` tokens, however long each may be."""
+        return self.max_model_len * self.tokenizer.longest_token
 
 
 class StateBoard:

@@ -151,7 +151,7 @@ def explain(error: http.HTTPException) -> http.HTTPException:
         case http.RequestEntityTooLarge():
             limit = current_app.config["MAX_CONTENT_LENGTH"]
             error.description = f"The request body is larger than {limit} bytes, which is the most this server takes."
-        case http.UnsupportedMediaType():
+        case http.UnsupportedMediaType() if error.description == http.UnsupportedMediaType.description:
             given = f"not as {request.mimetype!r}" if request.mimetype else "and say so"
             error.description = f"Send the body as JSON, {given}: add the header 'Content-Type: application/json'."
     return error

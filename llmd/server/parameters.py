@@ -16,6 +16,8 @@ MAX_N = 128
 MAX_SEQUENCES = 1024  # of one request: prompts × n
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024  # of one stop string
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 1024  # tokens; each sequence of a request carries them
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default of /v1/completions
 GREEDY_BELOW = 1e-4  # a temperature under this is 0: the quotient would not fit a float any more
 
@@ -149,13 +151,8 @@ def _max_tokens(
             param=param,
         )
     room = max_model_len - num_prompt_tokens
-    if room < 0 or (room == 0 and asked != 0):
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {max_model_len} tokens. However, your {source} resulted in "
-            f"{num_prompt_tokens} tokens, which leaves no room for an answer. Please reduce the length of the "
-            f"{source}.",
-            param=source,
-        )
+    least = 0 if asked == 0 else 1
+    check_prompt_fits(num_prompt_tokens, num_output_tokens=least, max_model_len=max_model_len, source=source)
     if asked is not None and asked > room:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {max_model_len} tokens, but the request totals "
@@ -186,6 +183,17 @@ def _check_max_tokens(request: ChatCompletionRequest | CompletionRequest) -> Non
             raise _out_of_range("max_completion_tokens", limit, "at least 1")
 
 
+def check_prompt_fits(num_prompt_tokens: int, *, num_output_tokens: int = 0, max_model_len: int, source: str) -> None:
+    """Raises ContextLengthExceeded unless a prompt and so much of an answer fit. `source`: the prompt's field."""
+    if num_prompt_tokens + num_output_tokens > max_model_len:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {max_model_len} tokens. However, your {source} resulted in "
+            f"{num_prompt_tokens} tokens, which leaves no room for an answer. Please reduce the length of the "
+            f"{source}.",
+            param=source,
+        )
+
+
 def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, param: str) -> None:
     """Raises InvalidRequest for an id that is not in the vocabulary."""
     # a prompt may have a million ids, and this runs in the event loop
@@ -205,6 +213,11 @@ def _check_stops(request: SamplingFields, *, vocab_size: int) -> None:
         raise InvalidRequest("stop cannot contain an empty string.", param="stop")
     if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
         raise InvalidRequest(f"A stop string can have at most {MAX_STOP_CHARACTERS} characters.", param="stop")
+    if len(request.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest(
+            f"stop_token_ids can hold at most {MAX_STOP_TOKEN_IDS} tokens, got {len(request.stop_token_ids)}.",
+            param="stop_token_ids",
+        )
     for token_id in request.stop_token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
@@ -214,6 +227,10 @@ def _check_stops(request: SamplingFields, *, vocab_size: int) -> None:
 
 
 def _check_logit_bias(logit_bias: Mapping[str, float], *, vocab_size: int) -> None:
+    if len(logit_bias) > MAX_LOGIT_BIASES:
+        raise InvalidRequest(
+            f"logit_bias can hold at most {MAX_LOGIT_BIASES} tokens, got {len(logit_bias)}.", param="logit_bias"
+        )
     for key, bias in logit_bias.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 16):
             raise InvalidRequest(

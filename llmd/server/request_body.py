@@ -3,15 +3,24 @@
 from quart import request
 from werkzeug.exceptions import UnsupportedMediaType
 
+_UTF_8 = frozenset({"utf-8", "utf8", "us-ascii"})
+
 
 async def read_json_body() -> bytes:
     """The whole body, not yet decoded.
 
-    Raises (all of them rendered by `error_handlers`): 415 if it is not declared to be JSON, 413 if it is larger than
-    `max_body_bytes`, 408 if it does not come in within `body_timeout`.
+    Raises (all of them rendered by `error_handlers`): 415 if it is not declared to be JSON in UTF-8 as it is, 413 if it
+    is larger than `max_body_bytes`, 408 if it does not come in within `body_timeout`.
     """
     if not request.is_json:
         raise UnsupportedMediaType
+    charset = request.mimetype_params.get("charset", "utf-8")
+    if charset.lower() not in _UTF_8:
+        raise UnsupportedMediaType(f"JSON is UTF-8 (RFC 8259): send the body so, not as {charset[:64]!r}.")
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        # unpacked, a small body may be of any size
+        raise UnsupportedMediaType(f"Send the body as it is, without 'Content-Encoding: {encoding[:64]}'.")
     body = await request.get_data(cache=False)
     assert isinstance(body, bytes)
     return body

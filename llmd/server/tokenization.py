@@ -1,16 +1,15 @@
 """Prompts and conversations → token ids, and the routes /tokenize and /detokenize. Long texts go to a thread, since
 an event loop that waits for one text holds up every stream."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
-import trio
 from quart import Response
 
-from llmd.errors import InvalidRequest
+from llmd.errors import ContextLengthExceeded, InvalidRequest
 from llmd.server.context import Server, TextModel
 from llmd.server.openai_responses import DetokenizeResponse, TokenizeResponse
 from llmd.server.openai_types import ChatMessage, ContentPart, DetokenizeRequest, TokenizeRequest, ToolCall
@@ -18,10 +17,6 @@ from llmd.server.parameters import check_model, check_token_ids
 from llmd.server.request_body import read_json_body
 from llmd.server.request_decoding import decode_request
 from llmd.server.responses import json_response
-
-Result = TypeVar("Result")
-
-THREAD_FROM = 4096  # characters or tokens: about a millisecond of work
 
 
 class Conversation(Protocol):
@@ -41,29 +36,21 @@ class Conversation(Protocol):
     def add_special_tokens(self) -> bool | None: ...
 
 
-async def run_sized(size: int, work: Callable[[], Result]) -> Result:
-    """`work()`, in a thread if there is much to do. A client that leaves does not wait for the thread."""
-    if size < THREAD_FROM:
-        return work()
-    return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
-
-
 async def encode_prompts(text: TextModel, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each prompt."""
-
-    def encode_all() -> list[list[int]]:
-        return [text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
-
-    return await run_sized(sum(map(len, prompts)), encode_all)
+    """Token ids of each prompt. Raises ContextLengthExceeded for one that is too long to be looked at."""
+    for prompt in prompts:
+        _check_length(text, prompt, "prompt")
+    encode = partial(text.tokenizer.encode_many, prompts, add_special_tokens=add_special_tokens)
+    return await text.threads.run(sum(map(len, prompts)), encode)
 
 
 async def encode_conversation(
-    text: TextModel, request: Conversation, *, reasoning_effort: str | None = None
+    text: TextModel, request: Conversation, *, num_bytes: int, reasoning_effort: str | None = None
 ) -> list[int]:
-    """Token ids of a conversation, by the model's chat template.
+    """Token ids of a conversation, by the model's chat template. `num_bytes` is the size of all that goes into it.
 
     The template writes its own special tokens, so none are added unless the request says so. Raises InvalidRequest:
-    the model has no template, or the template refuses the conversation.
+    the model has no template, or the template refuses the conversation, or makes a prompt that is too long.
     """
     template = text.chat_template
     if template is None:
@@ -71,22 +58,33 @@ async def encode_conversation(
             "This model has no chat template. Start the server with --chat-template, or use /v1/completions.",
             param="messages",
         )
-    messages = template_messages(request.messages or [])
     kwargs = dict(request.chat_template_kwargs)
     if reasoning_effort is not None:
         kwargs["reasoning_effort"] = reasoning_effort
 
     def render_and_encode() -> list[int]:
         prompt = template.render(
-            messages,
+            template_messages(request.messages or []),
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             documents=request.documents,
             kwargs=kwargs,
         )
+        _check_length(text, prompt, "messages")
         return text.tokenizer.encode(prompt, add_special_tokens=bool(request.add_special_tokens))
 
-    return await run_sized(sum(_size(message) for message in request.messages or []), render_and_encode)
+    return await text.threads.run(num_bytes, render_and_encode)
+
+
+def _check_length(text: TextModel, prompt: str, param: str) -> None:
+    """Raise ContextLengthExceeded for a text that cannot fit, whatever its tokens are."""
+    if len(prompt) > text.max_characters:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {text.max_model_len} tokens, which hold at most "
+            f"{text.max_characters} characters. However, your {param} resulted in {len(prompt)} characters. Please "
+            f"reduce the length of the {param}.",
+            param=param,
+        )
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -149,15 +147,10 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
-def _size(message: ChatMessage) -> int:
-    if isinstance(message.content, list):
-        return sum(len(part.text or "") for part in message.content)
-    return len(message.content or "")
-
-
 async def tokenize(server: Server) -> Response:
     """POST /tokenize"""
-    request = decode_request(await read_json_body(), TokenizeRequest)
+    body = await read_json_body()
+    request = decode_request(body, TokenizeRequest)
     check_model(request.model, server.config.model.served_names)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Give either `prompt` or `messages`.", param="prompt")
@@ -166,8 +159,10 @@ async def tokenize(server: Server) -> Response:
         add_special_tokens = request.add_special_tokens is not False
         (tokens,) = await encode_prompts(text, [request.prompt], add_special_tokens=add_special_tokens)
     else:
-        tokens = await encode_conversation(text, request)
-    token_strs = [text.tokenizer.token_text(token_id) for token_id in tokens] if request.return_token_strs else None
+        tokens = await encode_conversation(text, request, num_bytes=len(body))
+    token_strs = None
+    if request.return_token_strs:
+        token_strs = await text.threads.run(len(tokens), lambda: list(map(text.tokenizer.token_text, tokens)))
     return json_response(
         TokenizeResponse(count=len(tokens), max_model_len=text.max_model_len, tokens=tokens, token_strs=token_strs)
     )
@@ -179,5 +174,5 @@ async def detokenize(server: Server) -> Response:
     check_model(request.model, server.config.model.served_names)
     text = server.loaded_text()
     check_token_ids(request.tokens, vocab_size=text.vocab_size, param="tokens")
-    prompt = await run_sized(len(request.tokens), partial(text.tokenizer.decode, request.tokens))
+    prompt = await text.threads.run(len(request.tokens), partial(text.tokenizer.decode, request.tokens))
     return json_response(DetokenizeResponse(prompt=prompt))

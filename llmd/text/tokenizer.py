@@ -63,6 +63,11 @@ class Tokenizer:
         return self.vocabulary.size
 
     @property
+    def longest_token(self) -> int:
+        """In characters: a text has at least its length divided by this many tokens."""
+        return self.vocabulary.longest_token
+
+    @property
     def special_ids(self) -> frozenset[int]:
         return self.vocabulary.special_ids
 

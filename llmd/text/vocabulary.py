@@ -63,6 +63,8 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.size = max(tokenizer.get_vocab_size(), *(token_id + 1 for token_id in added), 0)
+        # as tokenizer.json spells it: never fewer characters than the token stands for in a text
+        self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's bytes inside a text, special tokens included; not always whole characters."""
