@@ -82,6 +82,10 @@ class LogConfig(Struct, frozen=True, kw_only=True):
     requests: bool = False  # parameters and prompts of every request
     max_len: int = 256  # characters that are shown of a prompt
 
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self.api_key_digests) or self.api_key_file is not None
+
 
 class SupervisorConfig(Struct, frozen=True, kw_only=True):
     """When a process that still exists counts as lost."""

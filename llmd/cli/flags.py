@@ -13,6 +13,10 @@ from llmd import __version__
 from llmd.cli.status_flags import add_status_flags
 from llmd.errors import StartupFailed
 
+# not the parser's, so that what was typed can be told from them
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+
 _DEVICES = ("auto", "cpu", "cuda")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _STYLE: dict[str, Any] = {
@@ -206,8 +210,8 @@ def _add_scheduling_flags(scheduling: argparse._ArgumentGroup) -> None:
 
 def _add_http_flags(http: argparse._ArgumentGroup) -> None:
     seconds = _at_least(0, float)
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    http.add_argument("--port", type=_port, default=8000, help="0 takes a free one and prints it (default: 8000)")
+    http.add_argument("--host", help=f"address to listen on (default: {DEFAULT_HOST})")
+    http.add_argument("--port", type=_port, help=f"0 takes a free one and prints it (default: {DEFAULT_PORT})")
     http.add_argument("--uds", metavar="PATH", help="listen on a unix socket (mode 0600) instead of --host and --port")
     http.add_argument(
         "--api-server-count",

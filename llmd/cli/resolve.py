@@ -5,6 +5,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from llmd.cli.flags import DEFAULT_HOST, DEFAULT_PORT
 from llmd.config import CacheConfig, Config, HttpConfig, LogConfig, ModelConfig, SchedulerConfig, SupervisorConfig
 from llmd.errors import StartupFailed
 from llmd.fetch.source import DEMO_MODEL_NAME, default_cache_dir
@@ -25,6 +26,8 @@ _OTEL_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.h
 
 def resolve(flags: argparse.Namespace) -> Config:
     """The configuration that these flags ask for. Raises StartupFailed where they contradict one another."""
+    if flags.uds is not None and (flags.host, flags.port) != (None, None):
+        raise StartupFailed(f"--uds {flags.uds} listens on no address: leave out --host and --port, or --uds")
     source = _source(flags)
     model = ModelConfig(
         source=source,
@@ -56,8 +59,8 @@ def resolve(flags: argparse.Namespace) -> Config:
         policy=flags.scheduling_policy,
     )
     http = HttpConfig(
-        host=flags.host,
-        port=flags.port,
+        host=flags.host or DEFAULT_HOST,
+        port=DEFAULT_PORT if flags.port is None else flags.port,
         num_frontends=flags.api_server_count,
         response_role=flags.response_role,
         max_body_bytes=flags.max_body_bytes,

@@ -2,12 +2,14 @@
 
 import argparse
 import errno
+import resource
 import signal
 import socket
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from llmd import __version__
+from llmd.cli.flags import DEFAULT_HOST, DEFAULT_PORT
 from llmd.config import HttpConfig
 from llmd.errors import StartupFailed
 from llmd.supervisor.processes import END_SIGNALS, listen_tcp
@@ -18,6 +20,7 @@ def serve(flags: argparse.Namespace) -> int:
     """Run a server until it is told to stop. Returns the exit status, with which the process is to end."""
     # a signal waits until the supervisor can take it: before that it would leave files and children behind
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
+    _allow_open_files()
     try:
         with _listening(flags) as listener:
             return _serve_on(listener, flags)
@@ -70,7 +73,14 @@ def _fail(error: StartupFailed, flags: argparse.Namespace) -> int:
 def _listening(flags: argparse.Namespace) -> AbstractContextManager[socket.socket]:
     if flags.uds is not None:
         return listening_unix_socket(Path(flags.uds))
-    return _listen(flags.host, flags.port)
+    return _listen(flags.host or DEFAULT_HOST, DEFAULT_PORT if flags.port is None else flags.port)
+
+
+def _allow_open_files() -> None:
+    """As many as this user may have, here and in the children: a connection takes one, and 1024 are soon used up."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS calls its limit infinite, and refuses that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _address(listener: socket.socket, http: HttpConfig) -> str:

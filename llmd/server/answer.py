@@ -56,17 +56,19 @@ def begin(server: Server, question: Question) -> "Answer":
     """
     limits = server.config.http
     backlog = server.engine.backlog
+    client = question.client if limits.asks_for_keys else None
     reason = rejection(
         backlog,
         num_sequences=question.num_choices,
         num_tokens=question.request.n * question.num_prompt_tokens,
         max_num_sequences=limits.max_num_queued_reqs,
         max_num_tokens=limits.max_num_queued_tokens,
+        client=client,
     )
     if reason is not None:
         server.metrics.rejected(reason)
         limit = limits.max_num_queued_reqs if reason == "queued_reqs" else limits.max_num_queued_tokens
-        raise overloaded(backlog, reason, limit=limit, now=trio.current_time())
+        raise overloaded(backlog, reason, limit=limit, now=trio.current_time(), client=client)
     answer = Answer(server, question)
     hold(answer)
     note_answer(question, answer)

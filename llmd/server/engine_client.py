@@ -198,7 +198,7 @@ class EngineClient:
         now = trio.current_time()
         sequences = [_OpenSequence(index, start, events, arrived=now) for index, start in enumerate(starts)]
         for sequence in sequences:
-            self.backlog.enter(len(sequence.start.prompt_token_ids))
+            self.backlog.enter(len(sequence.start.prompt_token_ids), client=sequence.start.client)
             self._submit(sequence)
         return Generation(self, events, sequences)
 
@@ -305,7 +305,9 @@ class EngineClient:
             return  # cancelled while the event was on its way
         if sequence.waits:
             sequence.waits = False
-            self.backlog.begin(len(sequence.start.prompt_token_ids), now=trio.current_time())
+            self.backlog.begin(
+                len(sequence.start.prompt_token_ids), client=sequence.start.client, now=trio.current_time()
+            )
         sequence.take_in(event)
         if event.finish is not None:
             del self._open[event.request_id]
@@ -316,7 +318,7 @@ class EngineClient:
     def _leave_backlog(self, sequence: _OpenSequence) -> None:
         if sequence.waits:
             sequence.waits = False
-            self.backlog.leave(len(sequence.start.prompt_token_ids))
+            self.backlog.leave(len(sequence.start.prompt_token_ids), client=sequence.start.client)
 
     def _fail(self, sequence: _OpenSequence, message: str) -> None:
         self._close(sequence)

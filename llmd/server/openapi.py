@@ -9,9 +9,23 @@ import msgspec
 
 from llmd import __version__
 from llmd.server.error_handlers import ErrorResponse
+from llmd.server.request_headers import TIMEOUT_HEADER
 from llmd.server.route import Route
 
 Json = dict[str, Any]
+
+_REQUEST_ID_HEADER = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "Names the request in the answer's header of the same name and in logs; without it, a new name.",
+    "schema": {"type": "string", "maxLength": 128},
+}
+_TIMEOUT_HEADER = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "description": "Seconds from the request's arrival to its last token; the shorter of this and `timeout` counts.",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
 
 _PARAMETER = re.compile(r"<(?:\w+:)?(?P<name>\w+)>")
 _ERROR_SCHEMA = {"$ref": "#/components/schemas/ErrorResponse"}
@@ -56,15 +70,19 @@ def _operation(route: Route, schemas: _Schemas) -> Json:
         "operationId": route.operation_id,
         "tags": ["default"],
         "summary": route.summary,
+        "parameters": _parameters(route),
         "responses": _responses(route, schemas),
     }
-    if names := _PARAMETER.findall(route.path):
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": schemas.content(route.body)}
     return operation
+
+
+def _parameters(route: Route) -> list[Json]:
+    """The parts of the path that vary, and the headers that have an effect."""
+    names = _PARAMETER.findall(route.path)
+    in_path = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    return [*in_path, _REQUEST_ID_HEADER, *([_TIMEOUT_HEADER] if route.streams else [])]
 
 
 def _responses(route: Route, schemas: _Schemas) -> Json:

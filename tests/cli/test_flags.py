@@ -226,3 +226,10 @@ def test_tls_files_go_together(tmp_path: Path) -> None:
     assert (http.ssl_certfile, http.ssl_keyfile, http.ssl_ca_certs) == (str(made.certfile), str(made.keyfile), None)
     with pytest.raises(StartupFailed, match="no private key"):
         config("--ssl-certfile", str(made.certfile))
+
+
+@pytest.mark.parametrize("address", [("--host", "0.0.0.0"), ("--port", "8000"), ("--host", "::1", "--port", "0")])
+def test_a_unix_socket_and_an_address_contradict_each_other(address: tuple[str, ...]) -> None:
+    with pytest.raises(StartupFailed, match="leave out --host and --port, or --uds"):
+        config("--uds", "llmd.sock", *address)
+    assert config("--uds", "llmd.sock").http.port == 8000

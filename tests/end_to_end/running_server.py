@@ -59,8 +59,9 @@ def running_server(
     *arguments: str, until: str = r"ready after", environment: Mapping[str, str] | None = None
 ) -> Iterator[RunningServer]:
     """`llmd serve --port 0 …` for as long as the block lasts; entered once a line of its log matches `until`."""
+    address = () if "--uds" in arguments else ("--port", "0")
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmd", "serve", "--port", "0", *arguments],
+        [sys.executable, "-m", "llmd", "serve", *address, *arguments],
         stderr=subprocess.PIPE,
         env=environment,
         text=True,

@@ -11,7 +11,8 @@ from trio.testing import trio_test
 
 from llmd.errors import InvalidApiKey
 from llmd.server.api_keys import ApiKeys, bearer_token, key_digest, read_key_file
-from llmd.server.app import ROUTES
+from llmd.server.app import ROUTES, create_app
+from tests.server.live import CLOSE, http_request, live_server, parse_answer
 from tests.server.test_app import client_of, make_server
 
 KEY = "sk-correct-horse"
@@ -100,6 +101,41 @@ async def test_the_refusal_is_openais_and_shows_no_key(headers: dict[str, str], 
 async def test_who_has_no_key_learns_nothing(path: str, method: str) -> None:
     assert (await guarded().open(path, method=method)).status_code == 401
     assert (await guarded().open(path, method=method, headers=bearer(KEY))).status_code != 401
+
+
+# other spellings of what is open, and of what is not: each with the methods by which it may be seen
+OPEN_SPELLINGS = ("//health", "/health/", "/health%2f", "/%68ealth", "//", "/docs/", "/health?x", "http://test/health")
+CLOSED_SPELLINGS = (
+    *("//metrics", "/metrics/", "/%6detrics", "http://test/metrics", "//v1/models", "/v1/models?/health", "*"),
+    *("/health/../metrics", "/health/%2e%2e/metrics", "/%2e%2e/metrics", "/docs/../metrics", "/health;/../metrics"),
+    *("/health/live/x", "/health%00", "/HEALTH", "/.", "/%2e", "/v1/models/../../health", "/\\health", "/docs/x.js"),
+)
+
+
+@trio_test
+async def test_no_odd_path_or_method_opens_the_door() -> None:
+    """A route is open, not a path: however it is spelled, what can be seen without a key is an open route's answer."""
+    app = create_app(make_server(api_key_digests=(key_digest(KEY),)))
+    async with live_server(app) as server:
+
+        async def status(method: str, path: str) -> int:
+            return parse_answer(await server.say(http_request(path, method=method, headers=CLOSE))).status
+
+        for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "X"):
+            for path in CLOSED_SPELLINGS:
+                assert await status(method, path) == 401, (method, path)
+            for path in OPEN_SPELLINGS:
+                expected = {"GET": {200, 503}, "HEAD": {200, 503}, "OPTIONS": {200}}.get(method, {401})
+                assert await status(method, path) in expected, (method, path)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS"])
+@trio_test
+async def test_head_and_options_are_no_way_in(route: Any, method: str) -> None:
+    path = route.path.replace("<path:model_id>", "tiny")
+    response = await guarded().open(path, method=method)
+    assert (response.status_code == 401) == (path not in OPEN)
 
 
 @trio_test

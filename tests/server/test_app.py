@@ -264,7 +264,13 @@ async def test_every_route_is_in_the_document() -> None:
         assert operation["tags"] == ["default"]
         assert operation["summary"]
         assert "500" in operation["responses"]
-        assert re.findall(r"\{(\w+)\}", path) == [each["name"] for each in operation.get("parameters", [])]
+        names = {
+            place: [each["name"] for each in operation["parameters"] if each["in"] == place]
+            for place in ("path", "header")
+        }
+        assert names["path"] == re.findall(r"\{(\w+)\}", path)
+        generates = path in ("/v1/chat/completions", "/v1/completions")
+        assert names["header"] == ["X-Request-Id", *(["X-Request-Timeout"] if generates else [])]
 
 
 def visit(value: Any, see: Callable[[dict[str, Any]], None]) -> None:

@@ -14,6 +14,7 @@ from quart import Response
 
 from llmd.config import HttpConfig
 from llmd.server.admission import MAX_RETRY_AFTER, UNKNOWN_RETRY_AFTER, Backlog, overloaded, rejection
+from llmd.server.api_keys import key_digest
 from tests.server.fake_engine import Answered, Application, application, parse_events, run, say
 from tests.server.live import until
 
@@ -201,11 +202,11 @@ def test_a_stream_that_never_begins_leaves_nothing_behind(tiny_model_dir: Path) 
 def test_the_time_to_come_back_is_that_of_half_of_what_waits() -> None:
     backlog = Backlog()
     for _ in range(120):
-        backlog.enter(10)
+        backlog.enter(10, client="")
     assert (backlog.num_sequences, backlog.num_tokens) == (120, 1200)
     assert backlog.seconds_to_begin(60, now=0.0) is None
     for second in range(20):
-        backlog.begin(10, now=float(second))
+        backlog.begin(10, client="", now=float(second))
     # 20 in 20 seconds: one a second
     assert backlog.seconds_to_begin(50, now=20.0) == pytest.approx(50.0)
     error = overloaded(backlog, "queued_reqs", limit=100, now=20.0)
@@ -213,7 +214,7 @@ def test_the_time_to_come_back_is_that_of_half_of_what_waits() -> None:
     assert "100 sequences with 1000 prompt tokens wait" in str(error)
     assert "half of them begin within 50 s" in str(error)
     for _ in range(900):
-        backlog.enter(10)
+        backlog.enter(10, client="")
     assert overloaded(backlog, "queued_reqs", limit=100, now=20.0).retry_after == MAX_RETRY_AFTER
     # long ago says nothing of now
     assert backlog.seconds_to_begin(50, now=100.0) is None
@@ -222,13 +223,46 @@ def test_the_time_to_come_back_is_that_of_half_of_what_waits() -> None:
 
 def test_a_request_may_fill_the_queue_to_the_last_place() -> None:
     backlog = Backlog()
-    backlog.enter(10)
+    backlog.enter(10, client="")
     ask = partial(rejection, backlog, max_num_sequences=3, max_num_tokens=30)
     assert ask(num_sequences=2, num_tokens=20) is None
     assert ask(num_sequences=3, num_tokens=20) == "queued_reqs"
     assert ask(num_sequences=2, num_tokens=21) == "queued_tokens"
-    backlog.leave(10)
+    backlog.leave(10, client="")
     assert ask(num_sequences=9, num_tokens=90) is None
+
+
+def test_a_key_that_fills_the_queue_leaves_room_for_another(tiny_model_dir: Path) -> None:
+    async def main() -> None:
+        http = HttpConfig(max_num_queued_reqs=8, api_key_digests=(key_digest("sk-1"), key_digest("sk-2")))
+        async with application(tiny_model_dir, http=http, stall_after=0) as app, trio.open_nursery() as nursery:
+            greedy, other = ({"Authorization": f"Bearer sk-{number}"} for number in (1, 2))
+            for number in range(1, 5):
+                nursery.start_soon(partial(post, app, CHAT_PATH, CHAT, headers=greedy))
+                await app.engine.wait_until(lambda number=number: len(app.engine.open) == number)
+            refused = await post(app, CHAT_PATH, CHAT, headers=greedy)
+            assert refused.status == 429
+            assert "4 sequences with" in as_openai_sees(refused).message
+            nursery.start_soon(partial(post, app, COMPLETIONS_PATH, {"prompt": "x", "n": 2}, headers=other))
+            await app.engine.wait_until(lambda: len(app.engine.open) == 6)
+            assert (await post(app, CHAT_PATH, {**CHAT, "n": 2}, headers=other)).status == 429
+            await go_on(app)
+
+    run(main)
+
+
+def test_without_keys_a_token_is_no_client_of_its_own(tiny_model_dir: Path) -> None:
+    async def main() -> None:
+        http = HttpConfig(max_num_queued_reqs=8)
+        async with application(tiny_model_dir, http=http, stall_after=0) as app, trio.open_nursery() as nursery:
+            headers = {"Authorization": "Bearer anything"}
+            nursery.start_soon(partial(post, app, CHAT_PATH, {**CHAT, "n": 7}, headers=headers))
+            await app.engine.wait_until(lambda: len(app.engine.open) == 7)
+            nursery.start_soon(partial(post, app, CHAT_PATH, CHAT, headers=headers))
+            await app.engine.wait_until(lambda: len(app.engine.open) == 8)
+            await go_on(app)
+
+    run(main)
 
 
 # --- deadlines
