@@ -30,17 +30,21 @@ def decode_request(body: bytes, request_type: type[Request]) -> Request:
     Only what the type names is built; the rest is skipped over. Raises InvalidRequest: no JSON object, one of more
     than `MAX_ITEMS` or `MAX_PARTS`, or a key that is unknown, refused, missing or of the wrong type.
     """
-    given = {name: value for name, value in _read_object(body).items() if bytes(value) != b"null"}
     known = request_type.__struct_fields__
-    for name, value in given.items():
-        if name not in known and name not in IGNORED:
+    fields: dict[str, msgspec.Raw] = {}
+    for name, value in _read_object(body).items():
+        if name in IGNORED or _is_null(value):
+            continue
+        if name in known:
+            fields[name] = value
+        else:
             _refuse(name, value, known)
-    return _decode({name: value for name, value in given.items() if name in known}, request_type)
+    return _decode(fields, request_type)
 
 
 def _read_object(body: bytes) -> dict[str, msgspec.Raw]:
     """The object in the body, its values not yet decoded. Of a repeated key the last counts."""
-    if not body.strip():
+    if not body or body.isspace():
         raise InvalidRequest("The request body is empty; send a JSON object.")
     _check_extent(body)
     try:
@@ -56,6 +60,10 @@ def _read_object(body: bytes) -> dict[str, msgspec.Raw]:
         raise _not_json(error) from None
     except RecursionError:
         raise _too_deep() from None
+
+
+def _is_null(value: msgspec.Raw) -> bool:
+    return memoryview(value) == b"null"
 
 
 def _check_extent(body: bytes) -> None:
@@ -88,14 +96,21 @@ def _refuse(name: str, raw: msgspec.Raw, known: tuple[str, ...]) -> None:
     """Raises unless the parameter is one of `REFUSED` with a value that asks for nothing."""
     if name not in REFUSED:
         raise _unknown(name, "", candidates=[*known, *IGNORED, *REFUSED])
-    # what asks for nothing is short
-    value = msgspec.json.decode(raw) if len(bytes(raw)) <= MAX_HARMLESS else raw
+    value = _short_value(raw)
     if not any(type(value) is type(harmless) and value == harmless for harmless in REFUSED[name]):
         raise InvalidRequest(
             f"The parameter '{name}' is not supported by this server. Please remove it.",
             param=name,
             code="unsupported_parameter",
         )
+
+
+def _short_value(raw: msgspec.Raw) -> object:
+    """The value, if it is short, as all are that ask for nothing; else something that is like none of them."""
+    try:
+        return msgspec.json.decode(raw) if memoryview(raw).nbytes <= MAX_HARMLESS else raw
+    except msgspec.MsgspecError:
+        return raw  # JSON, but a number that no float can hold
 
 
 def _unknown(name: str, path: str, candidates: list[str]) -> InvalidRequest:
