@@ -39,6 +39,13 @@ class FrameDecoder(Generic[Message]):
                     return
                 payload = bytes(self._buffer[offset + _LENGTH.size : end])
                 offset = end
-                yield self._decoder.decode(payload)
+                yield self._decode(payload)
         finally:
             del self._buffer[:offset]
+
+    def _decode(self, payload: bytes) -> Message:
+        try:
+            return self._decoder.decode(payload)
+        except (UnicodeDecodeError, RecursionError) as error:
+            # msgspec has no error of its own for these two
+            raise msgspec.DecodeError(str(error)) from error
