@@ -6,6 +6,7 @@ import trio
 from msgspec import UNSET
 from quart import Response
 
+from llmd.errors import InvalidRequest
 from llmd.server.access_log import log_request
 from llmd.server.answer import Delta, begin, collect
 from llmd.server.context import Server, TextModel
@@ -30,6 +31,8 @@ async def chat_completions(server: Server) -> Response:
     text = admit(server)
     check_ranges(request, vocab_size=text.vocab_size, max_logprobs=server.config.http.max_logprobs)
     token_ids = await encode_conversation(text, request, num_bytes=len(body), reasoning_effort=request.reasoning_effort)
+    if not token_ids:
+        raise InvalidRequest("The model's chat template made an empty prompt of these messages.", param="messages")
     question = ask(server, request, [Prompt(token_ids)], id_prefix="chatcmpl", arrived=arrived)
     view = _ChatView(question, request, text, _role(server, request))
     log_request(server.config.log, question)

@@ -63,7 +63,8 @@ def _read_object(body: bytes) -> dict[str, msgspec.Raw]:
 
 
 def _is_null(value: msgspec.Raw) -> bool:
-    return memoryview(value) == b"null"
+    # only a short one is copied
+    return memoryview(value).nbytes == len(b"null") and bytes(value) == b"null"
 
 
 def _check_extent(body: bytes) -> None:
