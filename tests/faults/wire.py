@@ -3,8 +3,9 @@
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class Target:
     """One server process of a running command, seen from outside."""
 
     running: RunningServer
+    headers: dict[str, str] = field(default_factory=dict)  # of every request, as for an API key
     pid: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,12 +130,23 @@ class Target:
         return socket.create_connection(self.address, timeout=timeout)
 
     def client(self, **settings: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.running.url, timeout=START_TIMEOUT, **settings)
+        return httpx.Client(base_url=self.running.url, timeout=START_TIMEOUT, headers=self.headers, **settings)
 
     @property
     def resident_mib(self) -> float:
+        return self._status("VmRSS")
+
+    @property
+    def most_resident_mib(self) -> float:
+        return self._status("VmHWM")
+
+    def forget_most_resident(self) -> None:
+        """`most_resident_mib` begins again with what there is now (Linux: proc(5), clear_refs)."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def _status(self, name: str) -> float:
         status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
+        return int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) / 1024
 
     @property
     def num_files(self) -> int:
@@ -156,6 +169,13 @@ class Target:
                     return
         raise AssertionError(metrics)
 
+    def wait_files(self, most: int) -> None:
+        """Until the process has so few files open. Fails after a time that is a guard only."""
+        end = time.monotonic() + START_TIMEOUT
+        while (num_files := self.num_files) > most:
+            assert time.monotonic() < end, num_files
+            time.sleep(0.01)
+
 
 _IDLE_AT_ZERO = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
@@ -166,11 +186,5 @@ def _gauge(metrics: str, name: str) -> float:
 
 @contextmanager
 def many_connections(target: Target, count: int) -> Iterator[list[socket.socket]]:
-    connections: list[socket.socket] = []
-    try:
-        for _ in range(count):
-            connections.append(target.connect())
-        yield connections
-    finally:
-        for connection in connections:
-            connection.close()
+    with ExitStack() as connections:
+        yield [connections.enter_context(target.connect()) for _ in range(count)]
