@@ -18,6 +18,7 @@ from llmd.server.engine_client import EngineClient
 from llmd.server.exposition import own_figures
 from llmd.server.figures import leave_figures, left_before, without_gauges
 from llmd.server.health import stage_of
+from llmd.server.large_memory import return_large_memory
 from llmd.server.metrics import Metrics
 from llmd.server.serving import CUT_GRACE, serve
 from llmd.server.text_model import load_text_model
@@ -28,6 +29,7 @@ _WATCHDOG_MARGIN = 2 * SECONDS
 
 async def run(config: ServerConfig, control: ControlChannel) -> None:
     """Answer HTTP on the inherited sockets until the supervisor says that the system drains, or is gone."""
+    return_large_memory()
     server = Server(
         config=config,
         state=StateBoard(),

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 KEY = "sk-let-me-in"
 MIB = 1 << 20
 IDLE_TIMEOUT = 3  # seconds
-# MiB of resident memory that may stay after all this; about 40 are measured
-MAX_GROWTH = 250
+# MiB of resident memory that may stay after all this; about 25 are measured
+MAX_GROWTH = 100
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tests.faults.wire import CHAT, COMPLETIONS, JSON, Target, check_error
 pytestmark = pytest.mark.slow
 
 MAX_BODY = 16 << 20  # bytes; the server's default
-MAX_GROWTH = 200  # MiB of resident memory that may stay after all this; about 30 are measured
+MAX_GROWTH = 60  # MiB of resident memory that may stay after all this; 10 to 20 are measured
 
 
 @pytest.fixture(scope="module")
