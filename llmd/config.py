@@ -72,6 +72,10 @@ class HttpConfig(Struct, frozen=True, kw_only=True):
     ssl_keyfile: str | None = None  # None = the key lies in the certfile
     ssl_ca_certs: str | None = None  # clients must show a certificate that one of these has signed
 
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self.api_key_digests) or self.api_key_file is not None
+
 
 class LogConfig(Struct, frozen=True, kw_only=True):
     """What all processes write to stderr, and how."""
@@ -81,10 +85,6 @@ class LogConfig(Struct, frozen=True, kw_only=True):
     access_log: bool = False  # a line for every request that has ended
     requests: bool = False  # parameters and prompts of every request
     max_len: int = 256  # characters that are shown of a prompt
-
-    @property
-    def asks_for_keys(self) -> bool:
-        return bool(self.api_key_digests) or self.api_key_file is not None
 
 
 class SupervisorConfig(Struct, frozen=True, kw_only=True):

@@ -30,7 +30,13 @@ async def chat_completions(server: Server) -> Response:
     check_model(request.model, server.config.model.served_names)
     text = admit(server)
     check_ranges(request, vocab_size=text.vocab_size, max_logprobs=server.config.http.max_logprobs)
-    token_ids = await encode_conversation(text, request, num_bytes=len(body), reasoning_effort=request.reasoning_effort)
+    token_ids = await encode_conversation(
+        text,
+        request,
+        num_bytes=len(body),
+        max_characters=text.max_characters,
+        reasoning_effort=request.reasoning_effort,
+    )
     if not token_ids:
         raise InvalidRequest("The model's chat template made an empty prompt of these messages.", param="messages")
     question = ask(server, request, [Prompt(token_ids)], id_prefix="chatcmpl", arrived=arrived)

@@ -75,7 +75,9 @@ async def _prompts(text: TextModel, request: CompletionRequest) -> list[Prompt]:
 
 async def _text_prompts(text: TextModel, given: list[str], request: CompletionRequest) -> list[Prompt]:
     add_special_tokens = request.add_special_tokens is not False
-    encoded = await encode_prompts(text, given, add_special_tokens=add_special_tokens)
+    encoded = await encode_prompts(
+        text, given, add_special_tokens=add_special_tokens, max_characters=text.max_characters
+    )
     return [Prompt(token_ids, prompt) for token_ids, prompt in zip(encoded, given, strict=True)]
 
 

@@ -18,6 +18,9 @@ from llmd.server.request_body import read_json_body
 from llmd.server.request_decoding import decode_request
 from llmd.server.responses import json_response
 
+# what /tokenize takes of a text that is too long for the context: to know by how much
+MAX_COUNTED_CHARACTERS = 1 << 20
+
 
 class Conversation(Protocol):
     """The fields by which a conversation becomes text; chat and /tokenize share them."""
@@ -36,18 +39,30 @@ class Conversation(Protocol):
     def add_special_tokens(self) -> bool | None: ...
 
 
-async def encode_prompts(text: TextModel, prompts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each prompt. Raises ContextLengthExceeded for one that is too long to be looked at."""
+async def encode_prompts(
+    text: TextModel, prompts: Sequence[str], *, add_special_tokens: bool, max_characters: int
+) -> list[list[int]]:
+    """Token ids of each prompt. Raises ContextLengthExceeded for one that is longer than that."""
     for prompt in prompts:
-        _check_length(text, prompt, "prompt")
-    encode = partial(text.tokenizer.encode_many, prompts, add_special_tokens=add_special_tokens)
-    return await text.threads.run(sum(map(len, prompts)), encode)
+        _check_length(text, prompt, "prompt", max_characters=max_characters)
+
+    def encode_all() -> list[list[int]]:
+        # one by one: on all cores at once they would hold up everything else
+        return [text.tokenizer.encode(prompt, add_special_tokens=add_special_tokens) for prompt in prompts]
+
+    return await text.threads.run(sum(map(len, prompts)), encode_all)
 
 
 async def encode_conversation(
-    text: TextModel, request: Conversation, *, num_bytes: int, reasoning_effort: str | None = None
+    text: TextModel,
+    request: Conversation,
+    *,
+    num_bytes: int,
+    max_characters: int,
+    reasoning_effort: str | None = None,
 ) -> list[int]:
-    """Token ids of a conversation, by the model's chat template. `num_bytes` is the size of all that goes into it.
+    """Token ids of a conversation, by the model's chat template. `num_bytes` is the size of all that goes into it,
+    `max_characters` what may come out as text.
 
     The template writes its own special tokens, so none are added unless the request says so. Raises InvalidRequest:
     the model has no template, or the template refuses the conversation, or makes a prompt that is too long.
@@ -70,18 +85,18 @@ async def encode_conversation(
             documents=request.documents,
             kwargs=kwargs,
         )
-        _check_length(text, prompt, "messages")
+        _check_length(text, prompt, "messages", max_characters=max_characters)
         return text.tokenizer.encode(prompt, add_special_tokens=bool(request.add_special_tokens))
 
     return await text.threads.run(num_bytes, render_and_encode)
 
 
-def _check_length(text: TextModel, prompt: str, param: str) -> None:
-    """Raise ContextLengthExceeded for a text that cannot fit, whatever its tokens are."""
-    if len(prompt) > text.max_characters:
+def _check_length(text: TextModel, prompt: str, param: str, *, max_characters: int) -> None:
+    """Raise ContextLengthExceeded for a text that is too long to be tokenized."""
+    if len(prompt) > max_characters:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {text.max_model_len} tokens, which hold at most "
-            f"{text.max_characters} characters. However, your {param} resulted in {len(prompt)} characters. Please "
+            f"This model's maximum context length is {text.max_model_len} tokens, so that a text may have at most "
+            f"{max_characters} characters here. However, your {param} resulted in {len(prompt)} characters. Please "
             f"reduce the length of the {param}.",
             param=param,
         )
@@ -155,11 +170,14 @@ async def tokenize(server: Server) -> Response:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Give either `prompt` or `messages`.", param="prompt")
     text = server.loaded_text()
+    max_characters = max(text.max_characters, MAX_COUNTED_CHARACTERS)
     if request.prompt is not None:
         add_special_tokens = request.add_special_tokens is not False
-        (tokens,) = await encode_prompts(text, [request.prompt], add_special_tokens=add_special_tokens)
+        (tokens,) = await encode_prompts(
+            text, [request.prompt], add_special_tokens=add_special_tokens, max_characters=max_characters
+        )
     else:
-        tokens = await encode_conversation(text, request, num_bytes=len(body))
+        tokens = await encode_conversation(text, request, num_bytes=len(body), max_characters=max_characters)
     token_strs = None
     if request.return_token_strs:
         token_strs = await text.threads.run(len(tokens), lambda: list(map(text.tokenizer.token_text, tokens)))

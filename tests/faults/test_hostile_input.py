@@ -101,6 +101,9 @@ MANY: dict[str, Case] = {
     "documents": (CHAT, lambda: chat(documents=[{"a": "b"}] * 20_000), None),
     "template variables": (CHAT, lambda: chat(chat_template_kwargs={f"x{i}": i for i in range(50_000)}), None),
     "metadata": (CHAT, lambda: chat(metadata={str(i): {"a": [1, 2]} for i in range(30_000)}), None),
+    "letters of a word": ("/tokenize", lambda: json.dumps({"prompt": "a" * 1_000_000}).encode(), None),
+    "spaces": ("/tokenize", lambda: json.dumps({"prompt": " " * 1_000_000, "return_token_strs": True}).encode(), None),
+    "families": ("/tokenize", lambda: json.dumps({"prompt": "👩‍👩‍👧‍👦" * 100_000}).encode(), None),
     "tokens to text": ("/detokenize", lambda: json.dumps({"tokens": [65] * 300_000}).encode(), None),
 }  # fmt: skip
 
@@ -172,7 +175,7 @@ def test_small_requests_go_on_beside_large_ones(target: Target) -> None:
         (COMPLETIONS, LARGE["numbers"][1]()),
         (COMPLETIONS, LARGE["one text of JSON"][1]()),
         (CHAT, MANY["messages"][1]()),
-        ("/tokenize", json.dumps({"prompt": "a" * 6000}).encode()),
+        ("/tokenize", json.dumps({"prompt": "a" * 600_000}).encode()),
     ]
     with target.client() as client, ThreadPoolExecutor(8) as threads:
         large = [threads.submit(post, client, *body) for body in bodies * 4]

@@ -12,6 +12,7 @@ from trio.testing import trio_test
 
 from llmd.errors import Overloaded
 from llmd.server.text_threads import LONG_FROM, MAX_PENDING, NUM_LONG_THREADS, NUM_THREADS, THREAD_FROM, TextThreads
+from llmd.server.tokenization import MAX_COUNTED_CHARACTERS
 from llmd.text import chat_template
 from llmd.text.chat_template import ChatTemplate
 from llmd.text.tokenizer import Tokenizer
@@ -130,20 +131,23 @@ def test_a_conversation_counts_with_all_that_goes_into_it(tiny_model_dir: Path) 
     assert [place == threading.get_ident() for place in places] == [True, False, False]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
-def test_a_text_that_cannot_fit_is_not_tokenized(tiny_model_dir: Path, path: str) -> None:
+def test_a_text_that_cannot_fit_is_not_tokenized(tiny_model_dir: Path) -> None:
     async def main() -> None:
         async with application(tiny_model_dir) as app:
             text = app.server.text
             assert text is not None
             limit = text.max_model_len * text.tokenizer.longest_token
-            status, answer = await app.post(path, {"prompt": "x" * (limit + 1)})
+            status, answer = await app.post("/v1/completions", {"prompt": "x" * (limit + 1)})
             assert status == 400
             assert answer["error"]["code"] == "context_length_exceeded"
             assert "maximum context length is" in answer["error"]["message"]
             assert f"at most {limit} characters" in answer["error"]["message"]
+            # but it may be asked how many tokens it has
+            assert (await app.post("/tokenize", {"prompt": "x" * 9000}))[1]["count"] == 9000
+            status, answer = await app.post("/tokenize", {"prompt": "x" * (MAX_COUNTED_CHARACTERS + 1)})
+            assert answer["error"]["code"] == "context_length_exceeded"
 
-    run(main)
+    run(main, uses_threads=True)
 
 
 def test_no_text_that_fits_is_longer_than_the_limit(tiny_model_dir: Path) -> None:
