@@ -20,7 +20,9 @@ from tests.faults.wire import CHAT, COMPLETIONS, JSON, Target, check_error
 pytestmark = pytest.mark.slow
 
 MAX_BODY = 16 << 20  # bytes; the server's default
-MAX_GROWTH = 60  # MiB of resident memory that may stay after all this; 10 to 20 are measured
+# MiB of resident memory that may stay after all this; 90 are measured, however often it is done again: what the
+# tokenizer's threads keep. Bodies alone leave 10 to 20
+MAX_GROWTH = 180
 
 
 @pytest.fixture(scope="module")
