@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.running_server import running_server
-from tests.faults.wire import COMPLETIONS, Target, check_error, many_connections, read_answers
+from tests.faults.wire import COMPLETIONS, Target, many_connections, say
 
 pytestmark = pytest.mark.slow
 
@@ -55,17 +55,6 @@ def head(path: str, *headers: str, key: str | None = KEY, method: str = "POST") 
 def post(path: str, body: object, *headers: str) -> bytes:
     data = json.dumps(body).encode()
     return head(path, f"Content-Length: {len(data)}", *headers) + data
-
-
-def read_rest(connection: socket.socket) -> bytes:
-    """Until the server closes; a reset counts as that."""
-    data = bytearray()
-    try:
-        while chunk := connection.recv(1 << 16):
-            data += chunk
-    except ConnectionResetError:
-        pass
-    return bytes(data)
 
 
 def reset(connection: socket.socket) -> None:
@@ -175,18 +164,12 @@ CONFLICTS = {
 
 @pytest.mark.parametrize("name", CONFLICTS)
 def test_what_could_be_read_in_two_ways_is_not_read(target: Target, name: str) -> None:
-    with target.connect() as connection:
-        try:
-            connection.sendall(CONFLICTS[name])
-            connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # it has closed already
-        answers = read_answers(read_rest(connection))
+    answers = say(target, CONFLICTS[name])
     # never more than one, so that nobody's next request is another one's
     assert len(answers) <= 1
     for answer in answers:
         assert 400 <= answer.status < 500 or answer.status == 501, answer
-        check_error(json.loads(answer.body))
+        answer.check()
     target.check_unharmed()
 
 

@@ -20,14 +20,12 @@ from llmd.protocol.framing import encode_frame
 from llmd.protocol.generation import GenerateRequest, SamplingParams
 from llmd.protocol.steps import RankFailed, RankReady
 from tests.end_to_end.running_server import running_server
-from tests.faults.wire import CHAT, COMPLETIONS, JSON, Answer, Target, read_answers
+from tests.faults.wire import CHAT, COMPLETIONS, JSON, Answer, Target, say
 
 pytestmark = pytest.mark.slow
 
 NUM_RAW = 400
 NUM_STRUCTURED = 300
-# after so much silence of the server it is told that no more comes
-PATIENCE = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -91,30 +89,6 @@ def mutated(chance: random.Random) -> bytes:
                 data[place:place] = chance.choice([b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b":"])
         data = data or bytearray(b"\n")
     return bytes(data)
-
-
-def say(target: Target, data: bytes) -> list[Answer]:
-    """All that the server answers to these bytes. If it waits for more, it is told that there is no more."""
-    received = b""
-    is_complete = True
-    with target.connect(timeout=PATIENCE) as connection:
-        try:
-            connection.sendall(data)
-            while True:
-                try:
-                    chunk = connection.recv(1 << 16)
-                except TimeoutError:
-                    if not is_complete:
-                        continue
-                    is_complete = False
-                    connection.shutdown(socket.SHUT_WR)
-                    continue
-                if not chunk:
-                    break
-                received += chunk
-        except (ConnectionResetError, BrokenPipeError):
-            is_complete = False
-    return read_answers(received, is_complete=is_complete)
 
 
 def test_mutated_requests(target: Target) -> None:

@@ -16,6 +16,9 @@ from tests.end_to_end.running_server import START_TIMEOUT, RunningServer
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+# after so much silence of the server it is told that no more comes
+PATIENCE = 0.2
+
 JSON = {"content-type": "application/json"}
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5]\d\d) [\x20-\x7e]*")
@@ -181,7 +184,33 @@ _IDLE_AT_ZERO = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm
 
 
 def _gauge(metrics: str, name: str) -> float:
-    return sum(float(value) for value in re.findall(rf"^{name}\{{.*\}} (\S+)$", metrics, re.M))
+    values = re.findall(rf"^{name}\{{.*\}} (\S+)$", metrics, re.M)
+    assert values, f"{name} is not there"
+    return sum(map(float, values))
+
+
+def say(target: Target, data: bytes) -> list[Answer]:
+    """All that the server answers to these bytes. If it waits for more, it is told that there is no more."""
+    received = b""
+    is_complete = True
+    with target.connect(timeout=PATIENCE) as connection:
+        try:
+            connection.sendall(data)
+            while True:
+                try:
+                    chunk = connection.recv(1 << 16)
+                except TimeoutError:
+                    if not is_complete:
+                        continue
+                    is_complete = False
+                    connection.shutdown(socket.SHUT_WR)
+                    continue
+                if not chunk:
+                    break
+                received += chunk
+        except (ConnectionResetError, BrokenPipeError):
+            is_complete = False
+    return read_answers(received, is_complete=is_complete)
 
 
 @contextmanager
