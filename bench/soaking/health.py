@@ -1,0 +1,79 @@
+"""Asks /health all the time: whether the server can be reached, what it says, and how long a recovery takes."""
+
+import asyncio
+import re
+from time import perf_counter
+
+import httpx
+
+from soaking.asking import Connection
+from soaking.report import Report
+from soaking.server import START_TIMEOUT
+
+_INTERVAL = 0.1  # seconds
+
+
+class Health:
+    """What /health said last, kept up to date by `watch`."""
+
+    def __init__(self, url: str, report: Report) -> None:
+        self._report = report
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=30, limits=httpx.Limits(max_keepalive_connections=0), verify=False
+        )
+        self._killed_at: float | None = None
+        self._restarts_before_kill = 0
+        self._answered = asyncio.Condition()
+        self.status = ""
+        self.restarts = 0
+        self.last_server_death = float("-inf")
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        while True:
+            started = perf_counter()
+            try:
+                answer = (await self._http.get("/health", extensions={"trace": Connection().trace})).json()
+            except (httpx.TransportError, ValueError):
+                # one that was cut with its server process is nobody's fault
+                if self.last_server_death < started:
+                    self._report.num_unreachable += 1
+            else:
+                self._report.slowest_health = max(self._report.slowest_health, perf_counter() - started)
+                async with self._answered:
+                    self.status, self.restarts = answer["status"], answer["restarts"]
+                    self._answered.notify_all()
+            await asyncio.sleep(_INTERVAL)
+
+    async def wait_ready(self, *, restarts: int = 0) -> None:
+        """Until the server is ready after at least so many restarts. Raises RuntimeError if it says it has failed."""
+        async with asyncio.timeout(START_TIMEOUT), self._answered:
+            while self.status != "ok" or self.restarts < restarts:
+                if self.status == "failed":
+                    raise RuntimeError("the server says that it has failed")
+                await self._answered.wait()
+
+    def note_kill(self) -> None:
+        """A recovery is measured from the last kill on."""
+        self._killed_at, self._restarts_before_kill = perf_counter(), self.restarts
+
+    def note_token(self) -> None:
+        """A client has got something. What was under way at the kill does not count, only what a new engine gives."""
+        if self._killed_at is not None and self.restarts > self._restarts_before_kill:
+            self._report.recoveries.append(perf_counter() - self._killed_at)
+            self._killed_at = None
+
+    async def gauges(self) -> dict[str, float]:
+        """The engine's figures of /metrics by their short names, and `num_gpu_blocks`."""
+        found: dict[str, float] = {}
+        for line in (await self._http.get("/metrics")).text.splitlines():
+            name, _, value = line.rpartition(" ")
+            if name.startswith("vllm:"):
+                found[name.removeprefix("vllm:").partition("{")[0]] = float(value)
+            if blocks := re.search(r'num_gpu_blocks="(\d+)"', name):
+                found["num_gpu_blocks"] = float(blocks[1])
+        return found
+
+    async def max_model_len(self) -> int:
+        length: int = (await self._http.get("/v1/models")).json()["data"][0]["max_model_len"]
+        return length
