@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# scripts are programs, not a package; the one that makes tiny models is also ours to call
-sys.path.insert(0, str(ROOT / "scripts"))
+# scripts and benches are programs, not packages; the one that makes tiny models and the soak are also ours to call
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "bench")]
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 Strict where clients are lenient: a stream that is not exactly as documented is no answer.
 """
 
-import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Any
 import httpx
 
 from soaking.questions import Body
+
+OnEvent = Callable[[Body], None]
 
 
 class Refused(Exception):
@@ -63,9 +64,9 @@ async def ask(
     body: Body,
     *,
     connection: Connection | None = None,
-    on_event: Callable[[], None] = lambda: None,
+    on_event: OnEvent = lambda _: None,
 ) -> Answer:
-    """The answer to one request; `on_event` is called at each event of a stream.
+    """The answer to one request; `on_event` is called with each event of a stream.
 
     Raises Refused, Broken, or httpx.TransportError if the connection ends before the answer does.
     """
@@ -82,7 +83,7 @@ async def ask(
         return await _read_stream(response, connection, on_event)
 
 
-async def _read_stream(response: httpx.Response, connection: Connection, on_event: Callable[[], None]) -> Answer:
+async def _read_stream(response: httpx.Response, connection: Connection, on_event: OnEvent) -> Answer:
     parts: list[Body] = []
     usage: dict[str, Any] | None = None
     is_done = False
@@ -100,7 +101,7 @@ async def _read_stream(response: httpx.Response, connection: Connection, on_even
         connection.note_event()
         parts += chunk["choices"]
         usage = _grown(usage, chunk["usage"])
-        on_event()
+        on_event(chunk)
     if not is_done or usage is None:
         raise Broken("the stream ended without its [DONE] and its usage")
     return Answer(_joined(parts), _without_cache(usage))
@@ -165,10 +166,3 @@ def _logprobs(entry: dict[str, Any] | None) -> list[Any]:
 def _without_cache(usage: dict[str, Any]) -> dict[str, int]:
     """How much of a prompt the cache held is the one thing that a restart may change."""
     return {name: value for name, value in usage.items() if name != "prompt_tokens_details"}
-
-
-async def ask_all(
-    client: httpx.AsyncClient, requests: list[tuple[str, Body]], *, on_event: Callable[[], None] = lambda: None
-) -> list[Answer]:
-    """All of them at once. Raises what `ask` raises."""
-    return await asyncio.gather(*(ask(client, path, body, on_event=on_event) for path, body in requests))

@@ -10,7 +10,7 @@ from soaking import troublemakers
 from soaking.clients import Clients
 from soaking.health import Health
 from soaking.report import Report
-from soaking.server import START_TIMEOUT, ServerUnderTest, client_ports, send_signal
+from soaking.server import ServerUnderTest, client_ports, send_signal
 
 _ENGINE, _WORKER, _SERVER = "llmd.engine", "llmd.worker", "llmd.server"
 _ENGINE_SIDE = (_ENGINE, _WORKER)
@@ -58,7 +58,9 @@ class Chaos:
     async def run(self, schedule: Iterator[tuple[float, str, Random]], *, until: float) -> None:
         """One event after the other until the time has come (on `perf_counter`); the last one is finished."""
         for gap, kind, random in schedule:
+            # whoever kills engines before they have given anybody a token makes innocent requests suspect
             await self._health.wait_ready()
+            await self._health.wait_recovered()
             await asyncio.sleep(gap)
             if perf_counter() >= until:
                 return
@@ -77,11 +79,8 @@ class Chaos:
     async def _kill_in_a_row(self, random: Random) -> None:
         """Each new engine dies soon after its first tokens."""
         for _ in range(3):
-            num_recoveries = len(self._report.recoveries)
             await self._kill_and_wait(random.choice(_ENGINE_SIDE))
-            async with asyncio.timeout(START_TIMEOUT):
-                while len(self._report.recoveries) == num_recoveries:
-                    await asyncio.sleep(0.01)
+            await self._health.wait_recovered()
             await asyncio.sleep(random.uniform(0, 0.3))
 
     async def _kill_while_it_restarts(self, random: Random) -> None:

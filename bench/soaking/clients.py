@@ -99,7 +99,9 @@ class Clients:
             started = perf_counter()
             try:
                 async with asyncio.timeout(leaves_after):
-                    answer = await ask(self.http, question.path, body, connection=connection, on_event=self._on_token)
+                    answer = await ask(
+                        self.http, question.path, body, connection=connection, on_event=lambda _: self._on_token()
+                    )
             except TimeoutError:
                 self._report.num_left += 1
                 return

@@ -24,6 +24,8 @@ class Health:
         self._killed_at: float | None = None
         self._restarts_before_kill = 0
         self._answered = asyncio.Condition()
+        self._recovered = asyncio.Event()
+        self._recovered.set()
         self.status = ""
         self.restarts = 0
         self.last_server_death = float("-inf")
@@ -56,12 +58,19 @@ class Health:
     def note_kill(self) -> None:
         """A recovery is measured from the last kill on."""
         self._killed_at, self._restarts_before_kill = perf_counter(), self.restarts
+        self._recovered.clear()
+
+    async def wait_recovered(self) -> None:
+        """Until a client has got a token since the last kill."""
+        async with asyncio.timeout(START_TIMEOUT):
+            await self._recovered.wait()
 
     def note_token(self) -> None:
         """A client has got something. What was under way at the kill does not count, only what a new engine gives."""
         if self._killed_at is not None and self.restarts > self._restarts_before_kill:
             self._report.recoveries.append(perf_counter() - self._killed_at)
             self._killed_at = None
+            self._recovered.set()
 
     async def gauges(self) -> dict[str, float]:
         """The engine's figures of /metrics by their short names, and `num_gpu_blocks`."""
