@@ -29,6 +29,8 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", default=(), metavar="KIND", help="of chaos, e.g. 'kill worker' storm")
     parser.add_argument("--output", type=Path, help="folder for the server's log and what was different")
     arguments = parser.parse_args(own)
+    if "--uds" in server_flags:
+        parser.error("the clients of a soak come by TCP: --uds cannot be tested with it")
     if arguments.model:
         server_flags = ["--model", arguments.model, *server_flags]
     output = arguments.output or Path(tempfile.mkdtemp(prefix="soak-"))

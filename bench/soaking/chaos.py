@@ -107,8 +107,8 @@ class Chaos:
     async def _hang(self, random: Random) -> None:
         """Silence for good must be noticed, and the process replaced."""
         restarts = self._health.restarts
-        self._health.note_kill()
         for pid in self._server.pids(random.choice(_ENGINE_SIDE)):
+            self._health.note_end("hang")
             send_signal(pid, SIGSTOP)
         await self._health.wait_ready(restarts=restarts + 1)
 
@@ -145,7 +145,7 @@ class Chaos:
     def _kill(self, module: str) -> int | None:
         """The process that died, if there was one."""
         for pid in reversed(self._server.pids(module)):
-            self._health.note_kill()
+            self._health.note_end("kill")
             if send_signal(pid, SIGKILL):
                 return pid
         return None

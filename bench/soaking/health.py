@@ -7,7 +7,7 @@ from time import perf_counter
 import httpx
 
 from soaking.asking import Connection
-from soaking.report import Report
+from soaking.report import End, Report
 from soaking.server import START_TIMEOUT
 
 _INTERVAL = 0.1  # seconds
@@ -21,8 +21,7 @@ class Health:
         self._http = httpx.AsyncClient(
             base_url=url, timeout=30, limits=httpx.Limits(max_keepalive_connections=0), verify=False
         )
-        self._killed_at: float | None = None
-        self._restarts_before_kill = 0
+        self._ended: tuple[End, float, int] | None = None  # how, when, and the number of restarts until then
         self._answered = asyncio.Condition()
         self._recovered = asyncio.Event()
         self._recovered.set()
@@ -55,21 +54,24 @@ class Health:
                     raise RuntimeError("the server says that it has failed")
                 await self._answered.wait()
 
-    def note_kill(self) -> None:
-        """A recovery is measured from the last kill on."""
-        self._killed_at, self._restarts_before_kill = perf_counter(), self.restarts
+    def note_end(self, how: End) -> None:
+        """A process of the engine's side has been killed, or hangs. A recovery is measured from the last one on."""
+        self._ended = how, perf_counter(), self.restarts
         self._recovered.clear()
 
     async def wait_recovered(self) -> None:
-        """Until a client has got a token since the last kill."""
+        """Until a client has got a token since the last end."""
         async with asyncio.timeout(START_TIMEOUT):
             await self._recovered.wait()
 
     def note_token(self) -> None:
-        """A client has got something. What was under way at the kill does not count, only what a new engine gives."""
-        if self._killed_at is not None and self.restarts > self._restarts_before_kill:
-            self._report.recoveries.append(perf_counter() - self._killed_at)
-            self._killed_at = None
+        """A client has got something. What was under way by then does not count, only what a new engine gives."""
+        if self._ended is None:
+            return
+        how, ended_at, restarts_before = self._ended
+        if self.restarts > restarts_before:
+            self._report.recoveries[how].append(perf_counter() - ended_at)
+            self._ended = None
             self._recovered.set()
 
     async def gauges(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Literal
 
 from soaking.server import Holdings
 
@@ -14,6 +15,7 @@ MAX_RSS_GROWTH = 64 << 20  # bytes
 MAX_THREAD_GROWTH = 2
 
 Held = dict[str, list[Holdings]]
+End = Literal["kill", "hang"]
 
 
 @dataclass(slots=True)
@@ -42,11 +44,13 @@ class Report:
     # what befell the processes
     chaos: Counter[str] = field(default_factory=Counter)
     restarts: int = 0
-    recoveries: list[float] = field(default_factory=list)  # from a kill to the next token that any client got
+    # from a death, or the beginning of a hang, to the next token that any client got
+    recoveries: dict[End, list[float]] = field(default_factory=lambda: {"kill": [], "hang": []})
     slowest_health: float = 0.0
     num_unreachable: int = 0  # times /health could not be asked
 
     # the end
+    broken_off: list[str] = field(default_factory=list)  # why, if it was
     held_before: Held = field(default_factory=dict)
     held_after: Held = field(default_factory=dict)
     num_blocks_away: float = 0.0
@@ -61,6 +65,7 @@ class Report:
         return [line for line in self._failures() if line]
 
     def _failures(self) -> Iterator[str]:
+        yield from (f"broken off: {line}" for line in self.broken_off)
         yield from (f"lost: {line}" for line in self.lost)
         yield from (f"different: {line}" for line in self.different)
         if self.num_compared == 0:
@@ -105,9 +110,9 @@ class Report:
         yield "answers to nonsense", _counts(self.answers_to_nonsense)
         yield "chaos", _counts(self.chaos)
         yield "engine restarts", str(self.restarts)
-        if self.recoveries:
-            times = f"p50 {median(self.recoveries):.1f} s, max {max(self.recoveries):.1f} s"
-            yield "kill → next token", f"{times} ({len(self.recoveries)} measured)"
+        for end, times in self.recoveries.items():
+            if times:
+                yield f"{end} → next token", f"p50 {median(times):.1f} s, max {max(times):.1f} s, {len(times)} measured"
         yield "longest pause of a stream", f"{self.longest_pause:.1f} s"
         yield "slowest /health", f"{self.slowest_health:.2f} s; unreachable: {self.num_unreachable}"
         for role, before, after in _peaks(self.held_before, self.held_after):
