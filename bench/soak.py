@@ -44,8 +44,7 @@ def main() -> int:
         kinds=tuple(arguments.kinds),
         server_flags=server_flags,
     )
-    # however this ends, it takes the server with it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, _give_up)
     print(f"the server's log: {output / 'server.log'}", file=sys.stderr)
     report = asyncio.run(soak(settings))
     print(report.table())
@@ -53,6 +52,12 @@ def main() -> int:
     for failure in failures:
         print(f"FAILED  {failure}")
     return 1 if failures else 0
+
+
+def _give_up(number: int, _: object) -> None:
+    """However this ends, it takes the server with it; a second signal must not interrupt that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(1)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
