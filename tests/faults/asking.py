@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -68,6 +69,16 @@ def num_restarts(server: RunningServer) -> int:
     """Of the engine, since the start."""
     restarts: int = httpx.get(f"{server.url}/health").json()["restarts"]
     return restarts
+
+
+def num_resumed(server: RunningServer) -> float:
+    """Sequences that went on in a new engine: without any, a death would have come too late to matter."""
+    return metric(server, "llmd:resumed_requests_total")
+
+
+def metric(server: RunningServer, name: str) -> float:
+    """The sum of its samples."""
+    return sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (\S+)$", httpx.get(f"{server.url}/metrics").text, re.M)))
 
 
 def wait_until(happened: Callable[[], object]) -> None:

@@ -10,20 +10,24 @@ import pytest
 from soaking.asking import Answer
 
 from tests.end_to_end.running_server import START_TIMEOUT, RunningServer, running_server
-from tests.faults.asking import ENGINE, WORKER, answers, flags, mixed_requests, num_restarts, send, wait_until
+from tests.faults.asking import (
+    ENGINE,
+    WORKER,
+    answers,
+    flags,
+    mixed_requests,
+    num_restarts,
+    num_resumed,
+    send,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 
-BOTH = (ENGINE, WORKER)
-# events that clients have had → who dies then; ten deaths
-TEN_DEATHS = {
-    30: (WORKER,),
-    60: (ENGINE,),
-    150: BOTH,
-    300: BOTH,
-    500: BOTH,
-    800: BOTH,
-}
+# of one engine with its worker after the other; ten processes
+DEATHS = ((WORKER,), (ENGINE,), (ENGINE, WORKER), (ENGINE, WORKER), (ENGINE, WORKER), (ENGINE, WORKER))
+# that clients get from an engine before it dies
+NUM_EVENTS = 60
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def undisturbed(server: RunningServer) -> list[Answer]:
 
 @pytest.mark.parametrize(("victim", "moment"), [(ENGINE, 1), (WORKER, 400)])
 def test_one_death(server: RunningServer, undisturbed: list[Answer], victim: str, moment: int) -> None:
-    restarts = num_restarts(server)
+    restarts, resumed = num_restarts(server), num_resumed(server)
 
     def on_event(num_events: int) -> None:
         if num_events == moment:
@@ -47,6 +51,7 @@ def test_one_death(server: RunningServer, undisturbed: list[Answer], victim: str
 
     assert answers(server, mixed_requests(), on_event) == undisturbed
     assert num_restarts(server) == restarts + 1
+    assert num_resumed(server) > resumed
 
 
 def test_a_death_while_it_restarts(server: RunningServer, undisturbed: list[Answer]) -> None:
@@ -69,13 +74,26 @@ def test_a_death_while_it_restarts(server: RunningServer, undisturbed: list[Answ
 
 
 def test_ten_deaths_in_a_row(tiny_model_dir: Path, undisturbed: list[Answer]) -> None:
+    pending = list(DEATHS)
+    dead: dict[str, int] = {}
+    num_events_of_the_dead = 0
+
     def on_event(num_events: int) -> None:
-        for victim in TEN_DEATHS.get(num_events, ()):
-            assert send(server, victim)
+        nonlocal dead, num_events_of_the_dead
+        # what an engine had sent before it died still comes; then the next one is there, or soon will be
+        alive = server.child_pids()
+        if dead and any(alive.get(module) in (None, pid) for module, pid in dead.items()):
+            num_events_of_the_dead = num_events
+        elif pending and num_events >= num_events_of_the_dead + NUM_EVENTS:
+            dead = {module: alive[module] for module in (ENGINE, WORKER)}
+            for victim in pending.pop(0):
+                assert send(server, victim)
 
     with running_server(*flags(tiny_model_dir)) as server:
         assert answers(server, mixed_requests(), on_event) == undisturbed
-        assert num_restarts(server) == len(TEN_DEATHS)
+        assert not pending
+        assert num_restarts(server) == len(DEATHS)
+        assert num_resumed(server) > len(DEATHS)
 
 
 def test_a_death_while_it_drains(tiny_model_dir: Path, undisturbed: list[Answer]) -> None:
