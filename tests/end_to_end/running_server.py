@@ -35,7 +35,10 @@ class RunningServer:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         modules = {}
         for pid in children:
-            arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            try:
+                arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it ended just now
             # a child that was forked this moment still has our own command line
             if "-m" in arguments and (module := arguments[arguments.index("-m") + 1]) != "llmd":
                 modules[module] = int(pid)
@@ -56,12 +59,16 @@ class RunningServer:
 
 @contextmanager
 def running_server(
-    *arguments: str, until: str = r"ready after", environment: Mapping[str, str] | None = None
+    *arguments: str, until: str = r"ready after", environment: Mapping[str, str] | None = None, threads: int = 1
 ) -> Iterator[RunningServer]:
-    """`llmd serve --port 0 …` for as long as the block lasts; entered once a line of its log matches `until`."""
+    """`llmd serve --port 0 …` for as long as the block lasts; entered once a line of its log matches `until`.
+
+    `threads`: of computation. More than one only slow a tiny model down, by far where others use the cores too: they
+    wait for one another about a hundred times a step.
+    """
     address = () if "--uds" in arguments else ("--port", "0")
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmd", "serve", *address, *arguments],
+        [sys.executable, "-m", "llmd", "serve", *address, "--threads", str(threads), *arguments],
         stderr=subprocess.PIPE,
         env=environment,
         text=True,

@@ -54,7 +54,7 @@ NUM_CLIENTS = 500
 def server(long_model_dir: Path) -> Iterator[RunningServer]:
     # few tokens a step, so that a long prompt takes many; few sequences, so that some must wait
     limits = ("--max-num-batched-tokens", "8", "--max-num-seqs", "4", "--max-num-queued-reqs", "4000")
-    with running_server("--model", str(long_model_dir), *limits, "--threads", "1") as running:
+    with running_server("--model", str(long_model_dir), *limits) as running:
         assert_nothing_is_left(running, figures(running))
         yield running
         assert running.process.poll() is None

@@ -23,7 +23,7 @@ from tests.supervisor.test_supervise import wait_until_gone
 
 pytestmark = pytest.mark.slow
 
-PATIENT = ("--threads", "1", "--drain-timeout", "60")
+PATIENT = ("--drain-timeout", "60")
 LONG = {"prompt": "abc", "max_tokens": 500, "ignore_eos": True, "seed": 3}
 # nothing of it ends before the test does
 ENDLESS = {**LONG, "max_tokens": 3000}
@@ -124,7 +124,7 @@ def probe(to: tuple[str, int], path: str) -> HttpAnswer:
 
 def test_what_takes_too_long_ends_with_an_error(long_model_dir: Path) -> None:
     """What streams, what waits for its answer and what waits in the queue; and a client that does not read."""
-    arguments = ("--threads", "1", "--max-num-seqs", "5", "--drain-timeout", "1", "--api-server-count", "2")
+    arguments = ("--max-num-seqs", "5", "--drain-timeout", "1", "--api-server-count", "2")
     with running_server("--model", str(long_model_dir), *arguments) as server, ExitStack() as clients:
         to, pids = address(server), descendants(server.process.pid)
         # of two servers the second may be ready later

@@ -18,7 +18,7 @@ NUM_TOKENS = 800
 
 
 def test_preemption_changes_no_answer(tiny_model_dir: Path) -> None:
-    roomy = ("--model", str(tiny_model_dir), "--threads", "1")
+    roomy = ("--model", str(tiny_model_dir))
     with running_server(*roomy) as server:
         undisturbed = Answers(server).run()
         assert at_rest(server).num_preemptions == 0

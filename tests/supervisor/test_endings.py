@@ -23,7 +23,7 @@ def end_and_expect_nothing_left(server: RunningServer, *, status: int = 0) -> No
 
 def test_a_model_that_is_gone_is_told_to_everybody(tiny_model_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
-    with running_server("--model", str(folder), "--threads", "1") as server:
+    with running_server("--model", str(folder)) as server:
 
         def take_away(_: int) -> None:
             folder.rename(tmp_path / "elsewhere")
@@ -67,7 +67,7 @@ def test_sigterm_while_it_restarts(tiny_model_dir: Path) -> None:
 
 
 def test_a_second_sigterm_while_a_stopped_worker_holds_up_the_first(tiny_model_dir: Path) -> None:
-    with running_server("--model", str(tiny_model_dir), "--threads", "1") as server:
+    with running_server("--model", str(tiny_model_dir)) as server:
         children = list(server.child_pids().values())
 
         def end_twice(_: int) -> None:

@@ -19,7 +19,7 @@ HANG_TIMEOUT = 2  # seconds
 
 @pytest.fixture(scope="module")
 def server(tiny_model_dir: Path) -> Iterator[RunningServer]:
-    arguments = ("--hang-timeout", str(HANG_TIMEOUT), "--api-server-count", "2", "--threads", "1")
+    arguments = ("--hang-timeout", str(HANG_TIMEOUT), "--api-server-count", "2")
     with running_server("--model", str(tiny_model_dir), *arguments) as running:
         yield running
 
