@@ -2,8 +2,6 @@
 
 import asyncio
 import ssl
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,9 +18,8 @@ from soaking.report import Held, Report, growth
 from soaking.server import ServerUnderTest, send_signal
 from soaking.troublemakers import Door
 
-# small enough that a burst of requests fills the queue; whoever runs a soak may give others
-_OWN_FLAGS = ("--max-num-queued-reqs", "96", "--drain-timeout", "120")
-_HANG_TIMEOUT = 5  # seconds
+# small enough that a burst of requests fills the queue, and that a hang is noticed soon; those of the caller win
+_OWN_FLAGS = ("--max-num-queued-reqs", "96", "--drain-timeout", "120", "--hang-timeout", "5")
 _SETTLE_TIMEOUT = 30.0  # seconds until an idle server holds no more than before
 _MAX_LONG_PROMPT = 3000  # characters
 _ROOM_FOR_ANSWERS = 150  # tokens
@@ -37,16 +34,14 @@ class Settings:
     concurrency: int = 24
     seed: int = 1
     num_tokens: int = 40  # of most answers
-    kinds: tuple[str, ...] = ()  # of chaos; empty: all that this server knows
+    kinds: tuple[str, ...] = ()  # of chaos; empty: all
     server_flags: list[str] = field(default_factory=list)
 
 
 async def soak(settings: Settings) -> Report:
     """Run it. Raises RuntimeError if the server does not start."""
     report = Report(seed=settings.seed)
-    knows_hangs = "--hang-timeout" in _help()
-    own_flags = [*_OWN_FLAGS, *(["--hang-timeout", str(_HANG_TIMEOUT)] if knows_hangs else [])]
-    server = ServerUnderTest([*own_flags, *settings.server_flags], folder=settings.output)
+    server = ServerUnderTest([*_OWN_FLAGS, *settings.server_flags], folder=settings.output)
     try:
         await server.wait_url()
         health = Health(server.url, report)
@@ -57,7 +52,7 @@ async def soak(settings: Settings) -> Report:
             await clients.learn()
             report.held_before = await _hold_while_idle(server, health)
             try:
-                await _load(_chaos(server, clients, health, report, settings), clients, report, settings, knows_hangs)
+                await _load(_chaos(server, clients, health, report, settings), clients, report, settings)
                 await _settle(server, health, report)
             except* (RuntimeError, TimeoutError) as group:
                 report.broken_off = [str(error) or repr(error) for error in group.exceptions]
@@ -84,9 +79,9 @@ def _chaos(server: ServerUnderTest, clients: Clients, health: Health, report: Re
     )
 
 
-async def _load(chaos: Chaos, clients: Clients, report: Report, settings: Settings, knows_hangs: bool) -> None:
+async def _load(chaos: Chaos, clients: Clients, report: Report, settings: Settings) -> None:
     """Clients and chaos for the given time; then the clients may finish."""
-    kinds = [kind for kind in settings.kinds or chaos.events if knows_hangs or kind != "hang"]
+    kinds = list(settings.kinds or chaos.events)
     # in the second half no server process dies, so that it can be seen whether one grows
     kinds_later = [kind for kind in kinds if kind != "kill server"]
     started = perf_counter()
@@ -142,11 +137,6 @@ async def _long_prompt(health: Health) -> str:
 
 def _terminate(server: ServerUnderTest) -> None:
     send_signal(server.process.pid, SIGTERM)
-
-
-def _help() -> str:
-    command = [sys.executable, "-m", "llmd", "serve", "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _any_certificate() -> ssl.SSLContext:

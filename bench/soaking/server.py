@@ -67,11 +67,7 @@ class ServerUnderTest:
 
     def pids(self, module: str) -> list[int]:
         """The supervisor's children that run this module, oldest first."""
-        pid = self.process.pid
-        with suppress(OSError):
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            return [int(child) for child in children if _module(int(child)) == module]
-        return []
+        return child_pids(self.process.pid, module)
 
     def holdings(self) -> dict[str, list[Holdings]]:
         """Of the processes that are never replaced for the engine's sake: "supervisor" and "server"."""
@@ -108,6 +104,12 @@ def send_signal(pid: int, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def child_pids(pid: int, module: str) -> list[int]:
+    """The children of this process that run `python -m module`, oldest first."""
+    children = " ".join(_lines(Path(f"/proc/{pid}/task/{pid}/children"))).split()
+    return [int(child) for child in children if _module(int(child)) == module]
 
 
 def client_ports(pid: int) -> set[int]:

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from time import monotonic, sleep
 
 import httpx
 from soaking.asking import Answer, ask
@@ -73,17 +72,5 @@ def num_restarts(server: RunningServer) -> int:
 
 def num_resumed(server: RunningServer) -> float:
     """Sequences that went on in a new engine: without any, a death would have come too late to matter."""
-    return metric(server, "llmd:resumed_requests_total")
-
-
-def metric(server: RunningServer, name: str) -> float:
-    """The sum of its samples."""
-    return sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (\S+)$", httpx.get(f"{server.url}/metrics").text, re.M)))
-
-
-def wait_until(happened: Callable[[], object]) -> None:
-    """Look again and again. The guard is against hanging for ever."""
-    until = monotonic() + START_TIMEOUT
-    while not happened():
-        assert monotonic() < until
-        sleep(0.02)
+    metrics = httpx.get(f"{server.url}/metrics").text
+    return sum(map(float, re.findall(r"^llmd:resumed_requests_total\S* (\S+)$", metrics, re.MULTILINE)))

@@ -19,8 +19,8 @@ from tests.faults.asking import (
     num_restarts,
     num_resumed,
     send,
-    wait_until,
 )
+from tests.faults.facts import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,7 @@ def test_a_death_while_it_restarts(server: RunningServer, undisturbed: list[Answ
         dead = server.child_pids()[WORKER]
         send(server, ENGINE)
         # the next worker is there, and far from ready
-        await asyncio.to_thread(wait_until, lambda: server.child_pids().get(WORKER, dead) != dead)
+        await asyncio.to_thread(wait_for, lambda: server.child_pids().get(WORKER), lambda pid: pid not in (None, dead))
         assert send(server, WORKER)
 
     def on_event(num_events: int) -> None:

@@ -21,12 +21,11 @@ from tests.faults.asking import (
     answers,
     client,
     flags,
-    metric,
     num_restarts,
     num_resumed,
     send,
-    wait_until,
 )
+from tests.faults.facts import figures, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -62,13 +61,13 @@ def test_prompts_that_are_being_computed(server: RunningServer) -> None:
 
     undisturbed = answers(server, salted("first"))
     restarts, resumed = num_restarts(server), num_resumed(server)
-    wait_until(lambda: metric(server, "vllm:kv_cache_usage_perc") == 0)
+    wait_for(lambda: figures(server).cache_usage, lambda usage: usage == 0)
     num_events_at_death = []
     num_events = 0
 
     def kill_in_the_middle() -> None:
         # the first of them hold blocks
-        wait_until(lambda: metric(server, "vllm:kv_cache_usage_perc") > 0)
+        wait_for(lambda: figures(server).cache_usage, lambda usage: usage > 0)
         assert send(server, ENGINE)
         num_events_at_death.append(num_events)
 

@@ -10,18 +10,13 @@ from pathlib import Path
 import httpx
 import pytest
 from soaking.asking import Answer, Connection, ask
-from soaking.server import client_ports
+from soaking.server import child_pids, client_ports
 
-from tests.end_to_end.running_server import RunningServer, running_server
-from tests.faults.asking import answers, client, flags, mixed_requests, num_restarts, wait_until
+from tests.end_to_end.running_server import START_TIMEOUT, RunningServer, running_server
+from tests.faults.asking import answers, client, flags, mixed_requests, num_restarts
+from tests.faults.facts import wait_for
 
 pytestmark = pytest.mark.slow
-
-
-def server_pids(server: RunningServer) -> list[int]:
-    pid = server.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"llmd.server" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 class Disturbance:
@@ -32,16 +27,17 @@ class Disturbance:
         self._moment = moment
         self._num_events = 0
         self.cut_ports: set[int] = set()
-        self.victim = 0
+        self.survivor = 0
 
     def on_event(self, _: object) -> None:
         self._num_events += 1
         if self._num_events == self._moment:
             # the one with more clients; a stopped process takes no more of them
-            self.victim = max(server_pids(self._server), key=lambda pid: len(client_ports(pid)))
-            os.kill(self.victim, signal.SIGSTOP)
-            self.cut_ports = client_ports(self.victim)
-            os.kill(self.victim, signal.SIGKILL)
+            pids = child_pids(self._server.process.pid, "llmd.server")
+            self.survivor, victim = sorted(pids, key=lambda pid: len(client_ports(pid)))
+            os.kill(victim, signal.SIGSTOP)
+            self.cut_ports = client_ports(victim)
+            os.kill(victim, signal.SIGKILL)
 
 
 async def knock(server: RunningServer, is_over: asyncio.Event) -> int:
@@ -87,6 +83,7 @@ def test_the_others_go_on(tiny_model_dir: Path) -> None:
         assert 0 < given.count(None) < len(given)
         assert num_restarts(server) == 0  # of the engine
 
-        wait_until(lambda: len(set(server_pids(server)) - {disturbance.victim}) == 2)
-        # whoever takes the connections now
+        # the one that is left takes no connections now, so that all go to the new one
+        os.kill(disturbance.survivor, signal.SIGSTOP)
+        wait_for(lambda: httpx.get(f"{server.url}/health", timeout=START_TIMEOUT).status_code, lambda code: code == 200)
         assert answers(server, mixed_requests()) == undisturbed
