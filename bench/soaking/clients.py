@@ -15,7 +15,7 @@ from soaking.questions import Body, Question, in_some_manner, streamed
 from soaking.report import Report
 
 # an answer that takes so long will not come any more
-READ_TIMEOUT = 240.0  # seconds
+READ_TIMEOUT = 600.0  # seconds
 # a refusal may name a longer time; then the load would be gone for as long
 MAX_RETRY_WAIT = 3.0  # seconds
 

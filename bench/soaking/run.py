@@ -19,7 +19,7 @@ from soaking.server import ServerUnderTest, send_signal
 from soaking.troublemakers import Door
 
 # small enough that a burst of requests fills the queue, and that a hang is noticed soon; those of the caller win
-_OWN_FLAGS = ("--max-num-queued-reqs", "96", "--drain-timeout", "120", "--hang-timeout", "5")
+_OWN_FLAGS = ("--max-num-queued-reqs", "48", "--drain-timeout", "120", "--hang-timeout", "5")
 _SETTLE_TIMEOUT = 30.0  # seconds until an idle server holds no more than before
 _MAX_LONG_PROMPT = 3000  # characters
 _ROOM_FOR_ANSWERS = 150  # tokens
@@ -75,7 +75,7 @@ def _chaos(server: ServerUnderTest, clients: Clients, health: Health, report: Re
         health=health,
         door=Door(host, port, tls),
         report=report,
-        num_overloading=2 * settings.concurrency,
+        num_overloading=settings.concurrency,
     )
 
 
