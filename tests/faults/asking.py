@@ -6,7 +6,6 @@ import re
 import signal
 from collections.abc import Callable, Sequence
 from itertools import count
-from pathlib import Path
 
 import httpx
 from soaking.asking import Answer, ask
@@ -21,11 +20,6 @@ OnEvent = Callable[[int], None]
 
 # most of the tiny model's context: many steps where a step has few tokens
 LONG_PROMPT = " ".join(f"{number} green bottles" for number in range(30))[:380]
-
-
-def flags(model_dir: Path) -> list[str]:
-    """For a model so small that a second thread would mostly wait for the first."""
-    return ["--model", str(model_dir), "--threads", "1"]
 
 
 def mixed_requests() -> list[Request]:

@@ -14,7 +14,6 @@ from tests.faults.asking import (
     ENGINE,
     WORKER,
     answers,
-    flags,
     mixed_requests,
     num_restarts,
     num_resumed,
@@ -32,7 +31,7 @@ NUM_EVENTS = 60
 
 @pytest.fixture(scope="module")
 def server(tiny_model_dir: Path) -> Iterator[RunningServer]:
-    with running_server(*flags(tiny_model_dir)) as running:
+    with running_server("--model", str(tiny_model_dir)) as running:
         yield running
 
 
@@ -89,7 +88,7 @@ def test_ten_deaths_in_a_row(tiny_model_dir: Path, undisturbed: list[Answer]) ->
             for victim in pending.pop(0):
                 assert send(server, victim)
 
-    with running_server(*flags(tiny_model_dir)) as server:
+    with running_server("--model", str(tiny_model_dir)) as server:
         assert answers(server, mixed_requests(), on_event) == undisturbed
         assert not pending
         assert num_restarts(server) == len(DEATHS)
@@ -103,6 +102,6 @@ def test_a_death_while_it_drains(tiny_model_dir: Path, undisturbed: list[Answer]
         elif num_events == 260:
             assert send(server, ENGINE)
 
-    with running_server(*flags(tiny_model_dir), "--drain-timeout", str(START_TIMEOUT)) as server:
+    with running_server("--model", str(tiny_model_dir), "--drain-timeout", str(START_TIMEOUT)) as server:
         assert answers(server, mixed_requests(), on_event) == undisturbed
         assert server.process.wait(START_TIMEOUT) == 0

@@ -20,7 +20,6 @@ from tests.faults.asking import (
     WORKER,
     answers,
     client,
-    flags,
     num_restarts,
     num_resumed,
     send,
@@ -46,7 +45,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(model_dir: Path) -> Iterator[RunningServer]:
     # a long prompt takes two dozen steps here
-    with running_server(*flags(model_dir), "--max-num-batched-tokens", "16", "--max-num-seqs", "16") as running:
+    with running_server("--model", str(model_dir), "--max-num-batched-tokens", "16", "--max-num-seqs", "16") as running:
         yield running
 
 

@@ -9,14 +9,14 @@ import pytest
 from soaking.asking import Answer
 
 from tests.end_to_end.running_server import RunningServer, running_server
-from tests.faults.asking import ENGINE, WORKER, answers, flags, mixed_requests, num_restarts, send
+from tests.faults.asking import ENGINE, WORKER, answers, mixed_requests, num_restarts, send
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model_dir: Path) -> Iterator[RunningServer]:
-    with running_server(*flags(tiny_model_dir), "--hang-timeout", "3") as running:
+    with running_server("--model", str(tiny_model_dir), "--hang-timeout", "3") as running:
         yield running
 
 

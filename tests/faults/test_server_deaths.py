@@ -13,7 +13,7 @@ from soaking.asking import Answer, Connection, ask
 from soaking.server import child_pids, client_ports
 
 from tests.end_to_end.running_server import START_TIMEOUT, RunningServer, running_server
-from tests.faults.asking import answers, client, flags, mixed_requests, num_restarts
+from tests.faults.asking import answers, client, mixed_requests, num_restarts
 from tests.faults.facts import wait_for
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ async def ask_through(server: RunningServer, disturbance: Disturbance) -> list[A
 
 
 def test_the_others_go_on(tiny_model_dir: Path) -> None:
-    with running_server(*flags(tiny_model_dir), "--api-server-count", "2") as server:
+    with running_server("--model", str(tiny_model_dir), "--api-server-count", "2") as server:
         undisturbed = answers(server, mixed_requests())
         disturbance = Disturbance(server, moment=200)
         given = asyncio.run(ask_through(server, disturbance))

@@ -7,8 +7,6 @@ import pytest
 from soaking.chaos import schedule
 from soaking.run import Settings, soak
 
-from tests.faults.asking import flags
-
 pytestmark = pytest.mark.slow
 
 
@@ -19,7 +17,16 @@ def test_a_short_soak(tiny_model_dir: Path, tmp_path: Path) -> None:
         concurrency=12,
         num_tokens=24,
         kinds=("kill both", "kill server", "storm", "nonsense", "overload"),
-        server_flags=[*flags(tiny_model_dir), "--api-server-count", "2", "--max-num-queued-reqs", "24"],
+        server_flags=[
+            "--model",
+            str(tiny_model_dir),
+            "--threads",
+            "1",
+            "--api-server-count",
+            "2",
+            "--max-num-queued-reqs",
+            "24",
+        ],
     )
     report = asyncio.run(soak(settings))
 
