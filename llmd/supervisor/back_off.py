@@ -5,9 +5,10 @@ from llmd.config import SECONDS
 # who lived this long was healthy: its death begins the series anew
 _HEALTHY_AFTER = 60 * SECONDS
 _SECOND_DELAY = 0.2 * SECONDS
-_MAX_DELAY = 10 * SECONDS
-# whatever hindered a start may take a moment to go away
-_AFTER_FAILED_START = 1 * SECONDS
+# who was ready had work to go on with, and to load again is delay enough; whatever hinders a start may take longer
+_MAX_AFTER_WORK = 1 * SECONDS
+_MIN_AFTER_FAILED_START = 1 * SECONDS
+_MAX_AFTER_FAILED_START = 10 * SECONDS
 
 
 class BackOff:
@@ -21,5 +22,5 @@ class BackOff:
         if lived > _HEALTHY_AFTER:
             self._delay = 0.0
         delay = self._delay
-        self._delay = min(max(2 * delay, _SECOND_DELAY), _MAX_DELAY)
-        return delay if was_ready else max(delay, _AFTER_FAILED_START)
+        self._delay = min(max(2 * delay, _SECOND_DELAY), _MAX_AFTER_FAILED_START)
+        return min(delay, _MAX_AFTER_WORK) if was_ready else max(delay, _MIN_AFTER_FAILED_START)

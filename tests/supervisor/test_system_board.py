@@ -74,7 +74,8 @@ def test_a_failure_stays_and_so_does_the_drain(board: SystemBoard) -> None:
 def test_the_first_restart_is_at_once_and_later_ones_wait_longer() -> None:
     back_off = BackOff()
     assert [back_off.next_delay(lived=1, was_ready=True) for _ in range(4)] == [0, 0.2, 0.4, 0.8]
-    assert max(back_off.next_delay(lived=1, was_ready=True) for _ in range(10)) == 10
+    assert max(back_off.next_delay(lived=1, was_ready=True) for _ in range(10)) == 1
+    assert back_off.next_delay(lived=1, was_ready=False) == 10
     assert back_off.next_delay(lived=3600, was_ready=True) == 0
     # what hinders a start may go away
     assert BackOff().next_delay(lived=1, was_ready=False) == 1
