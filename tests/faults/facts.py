@@ -29,7 +29,7 @@ class Figures:
     num_running: float = 0
     num_waiting: float = 0
     cache_usage: float = 0
-    num_prompt_tokens: float = 0  # computed by this engine
+    num_prompt_tokens: float = 0  # computed by this engine and those before it
     num_output_tokens: float = 0  # the same
     num_preemptions: float = 0
     num_aborted: float = 0  # sequences that nobody wanted any more
