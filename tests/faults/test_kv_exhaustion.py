@@ -4,26 +4,32 @@ is the one of a run that had room. Real processes."""
 from pathlib import Path
 
 import pytest
+from soaking.questions import mixed_questions, streamed
 
 from tests.end_to_end.running_server import RunningServer, running_server
+from tests.faults.asking import LONG_PROMPT, Request, answers
 from tests.faults.facts import Figures, figures, wait_for
-from tests.faults.test_engine_deaths import Answers
 
 pytestmark = pytest.mark.slow
 
 # keys and values of two layers with two heads of 16 float32
 BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
-# the longest request alone needs 300 tokens, and 40 sequences want to run at once
-NUM_TOKENS = 800
+# one request alone needs up to 480 tokens, and more than 32 sequences want to run at once
+NUM_TOKENS = 560
+
+
+def long_requests() -> list[Request]:
+    questions = (mixed_questions(num_tokens=100, long_prompt=LONG_PROMPT) * 2)[:32]
+    return [(each.path, streamed(each.body) if i % 2 else each.body) for i, each in enumerate(questions)]
 
 
 def test_preemption_changes_no_answer(tiny_model_dir: Path) -> None:
     roomy = ("--model", str(tiny_model_dir))
     with running_server(*roomy) as server:
-        undisturbed = Answers(server).run()
+        undisturbed = answers(server, long_requests())
         assert at_rest(server).num_preemptions == 0
     with running_server(*roomy, "--kv-cache-memory-bytes", str((NUM_TOKENS + 16) * BYTES_PER_TOKEN)) as server:
-        assert Answers(server).run() == undisturbed
+        assert answers(server, long_requests()) == undisturbed
         assert at_rest(server).num_preemptions > 10
 
 
