@@ -11,7 +11,7 @@ from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Response
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
-from hypercorn.typing import AppWrapper, ConnectionState, TaskGroup, WorkerContext
+from hypercorn.typing import AppWrapper, ConnectionState, H11SendableEvent, TaskGroup, WorkerContext
 from werkzeug.exceptions import BadRequest, HTTPException, default_exceptions
 
 from llmd.server.error_handlers import Rendered, render
@@ -46,6 +46,8 @@ class Http1Protocol(H11Protocol):
         self._closed = False
         # the reader and the end of a request both parse what has come in
         self._parsing = trio.Lock()
+        # the head of an answer whose body is at hand: both go out in one write
+        self._held_head = b""
 
     async def handle(self, event: Event) -> None:
         """Take in bytes, or the end of the connection. Waits while too much is pipelined."""
@@ -96,6 +98,24 @@ class Http1Protocol(H11Protocol):
         if isinstance(event, Response) and self.context.terminated.is_set():
             event = replace(event, headers=[*event.headers, (b"connection", b"close")])
         await super().stream_send(event)
+
+    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        """Write an event, but the head of an answer of known length together with what follows it.
+
+        A task may have been cancelled before it writes its first byte, and notices that only after it: the client
+        (which had closed its side for sending, say) got a head without a body. So it gets the whole, or nothing.
+        """
+        try:
+            data = self.connection.send(event)
+        except h11.LocalProtocolError:
+            if self.connection.their_state is not h11.ERROR:
+                raise
+            return
+        if isinstance(event, h11.Response) and any(name == b"content-length" for name, _ in event.headers):
+            self._held_head = data
+            return
+        head, self._held_head = self._held_head, b""
+        await self.send(RawData(head + data))
 
     async def _maybe_recycle(self) -> None:
         await super()._maybe_recycle()

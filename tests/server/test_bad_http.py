@@ -1,6 +1,7 @@
 """What is not the HTTP that this server speaks: refused politely, and nobody else notices."""
 
 import random
+import socket
 
 import pytest
 import trio
@@ -11,6 +12,7 @@ from llmd.server.http1 import Http1Protocol
 from tests.server.conftest import Serving
 from tests.server.live import (
     CLOSE,
+    SOON,
     http_request,
     parse_answer,
     read_all,
@@ -102,6 +104,30 @@ async def test_body_that_does_not_come_in_time_gets_408(serving: Serving) -> Non
         answer = parse_answer(await server.say(http_request("/echo", {"a": 1}, headers=CLOSE)[:-2]))
         assert answer.status == 408
         assert answer.json()["error"]["code"] == "request_timeout"
+
+
+@trio_test
+async def test_who_closes_for_sending_gets_a_whole_answer_or_none(serving: Serving) -> None:
+    """The request's task was cancelled before it had written a byte, and noticed that between head and body."""
+    request_bytes = http_request("/echo", {"a": 1})
+
+    def ask(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port)) as plain, client(plain) as connection:
+            connection.sendall(request_bytes)
+            # an SSLSocket's own would also forget the encryption
+            socket.socket.shutdown(connection, socket.SHUT_WR)
+            connection.settimeout(SOON)
+            return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+    async with serving(SmallApp().app) as server:
+
+        def client(plain: socket.socket) -> socket.socket:
+            context = server.client_context
+            return plain if context is None else context.wrap_socket(plain, server_hostname="localhost")
+
+        for _ in range(60):
+            answer = await trio.to_thread.run_sync(ask, server.port)
+            assert answer == b"" or parse_answer(answer).body == b'{"a": 1}', answer
 
 
 @trio_test
