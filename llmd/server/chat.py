@@ -26,14 +26,16 @@ async def chat_completions(server: Server) -> Response:
     """POST /v1/chat/completions"""
     arrived = trio.current_time()
     body = await read_json_body()
-    request = decode_request(body, ChatCompletionRequest)
+    request, num_bytes = decode_request(body, ChatCompletionRequest), len(body)
+    # the answer may take long
+    del body
     check_model(request.model, server.config.model.served_names)
     text = admit(server)
     check_ranges(request, vocab_size=text.vocab_size, max_logprobs=server.config.http.max_logprobs)
     token_ids = await encode_conversation(
         text,
         request,
-        num_bytes=len(body),
+        num_bytes=num_bytes,
         max_characters=text.max_characters,
         reasoning_effort=request.reasoning_effort,
     )

@@ -13,6 +13,7 @@ from quart.wrappers import Request
 from quart_trio.asgi import TrioASGIHTTPConnection
 
 from llmd.errors import Unavailable
+from llmd.server.body_memory import BodyMemory, HeldBody
 from llmd.server.error_handlers import error_body, error_response
 from llmd.server.responses import DONE, StreamResponse
 
@@ -21,7 +22,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
-_HELD = "llmd.held"  # of an ASGI scope
+# of an ASGI scope
+_HELD = "llmd.held"
+_BODY = "llmd.body"
 
 
 def hold(resource: AbstractContextManager[object]) -> None:
@@ -30,6 +33,12 @@ def hold(resource: AbstractContextManager[object]) -> None:
     A route that streams has returned before its stream begins: what it has opened belongs to the request meanwhile.
     """
     current_request.scope[_HELD].push(resource)  # type: ignore[literal-required]  # a key of our own
+
+
+def held_body() -> HeldBody:
+    """What the current request's body takes of the memory for bodies."""
+    body: HeldBody = current_request.scope[_BODY]  # type: ignore[literal-required]
+    return body
 
 
 class OpenRequests:
@@ -82,7 +91,10 @@ class ClientConnection(TrioASGIHTTPConnection):
     """
 
     async def __call__(self, receive: Receive, send: Send) -> None:
-        self._open_requests: OpenRequests = self.scope.get("state", {}).get("open_requests") or OpenRequests()
+        state = self.scope.get("state", {})
+        self._open_requests: OpenRequests = state.get("open_requests") or OpenRequests()
+        limit = self.app.config["MAX_CONTENT_LENGTH"]
+        self._body = HeldBody(state.get("body_memory") or BodyMemory.for_bodies_of(limit))
         self._started = False
         self._ending = False
         self._body_bytes = 0
@@ -97,7 +109,9 @@ class ClientConnection(TrioASGIHTTPConnection):
             await send(message)
 
         with self._open_requests.one_more(), ExitStack() as held:
+            held.callback(self._body.release)
             self.scope[_HELD] = held  # type: ignore[literal-required]
+            self.scope[_BODY] = self._body  # type: ignore[literal-required]
             try:
                 await super().__call__(receive_next, send_noting_progress)
             except* Exception as errors:
@@ -106,17 +120,21 @@ class ClientConnection(TrioASGIHTTPConnection):
                     await self._send_response(send, response)
 
     async def _receive(self, receive: Receive) -> Message:
-        """The next event, but no disconnect after the answer's end, and no more body than Quart may take."""
+        """The next event, but no disconnect after the answer's end, and no more body than there is room for."""
         limit = self.app.config["MAX_CONTENT_LENGTH"]
         while True:
             message = await receive()
             if message["type"] == "http.request":
-                if self._body_bytes > limit:
+                if self._body_bytes > limit or self._body.is_refused:
                     continue
-                self._body_bytes += len(message.get("body", b""))
+                num_bytes = len(message.get("body", b""))
+                self._body_bytes += num_bytes
                 if self._body_bytes > limit:
                     # Quart sees that this is too much, and has no need to see the rest
                     return {**message, "more_body": False}
+                if not self._body.hold(num_bytes):
+                    # whoever reads the body asks why it ends here
+                    return {**message, "body": b"", "more_body": False}
             elif message["type"] == "http.disconnect" and self._ending:
                 await trio.sleep_forever()
             return message

@@ -3,6 +3,8 @@
 from quart import request
 from werkzeug.exceptions import UnsupportedMediaType
 
+from llmd.server.connection import held_body
+
 _UTF_8 = frozenset({"utf-8", "utf8", "us-ascii"})
 
 
@@ -10,7 +12,8 @@ async def read_json_body() -> bytes:
     """The whole body, not yet decoded.
 
     Raises (all of them rendered by `error_handlers`): 415 if it is not declared to be JSON in UTF-8 as it is, 413 if it
-    is larger than `max_body_bytes`, 408 if it does not come in within `body_timeout`.
+    is larger than `max_body_bytes`, 408 if it does not come in within `body_timeout`, 429 if it finds no room beside the
+    bodies of others. The caller decodes it at once, and keeps nothing of it.
     """
     if not request.is_json:
         raise UnsupportedMediaType
@@ -23,4 +26,7 @@ async def read_json_body() -> bytes:
         raise UnsupportedMediaType(f"Send the body as it is, without 'Content-Encoding: {encoding[:64]}'.")
     body = await request.get_data(cache=False)
     assert isinstance(body, bytes)
+    held = held_body()
+    held.check()
+    held.release()
     return body

@@ -17,6 +17,7 @@ from hypercorn.utils import parse_socket_addr
 from werkzeug.exceptions import BadRequest
 
 from llmd.config import SECONDS, HttpConfig
+from llmd.server.body_memory import BodyMemory
 from llmd.server.connection import OpenRequests
 from llmd.server.http1 import Http1Protocol, refusal
 from llmd.server.http2 import Http2Protocol
@@ -51,6 +52,7 @@ async def serve(
     seconds after `stop` is ended with an error. No connection can end another one, or this function.
     """
     open_requests = OpenRequests()
+    body_memory = BodyMemory.for_bodies_of(config.max_body_bytes)
     connections: set[_Connection] = set()
     context = WorkerContext(max_requests=None)
     wrapped_app, hypercorn_config = ASGIWrapper(app), _hypercorn_config(config)
@@ -61,7 +63,7 @@ async def serve(
         connection = _Connection(
             *(wrapped_app, hypercorn_config, context, stream, config),
             certificates=certificates,
-            open_requests=open_requests,
+            state=ConnectionState({"open_requests": open_requests, "body_memory": body_memory}),
         )
         connections.add(connection)
         try:
@@ -112,7 +114,7 @@ class _Connection:
         config: HttpConfig,
         *,
         certificates: Certificates | None,
-        open_requests: OpenRequests,
+        state: ConnectionState,
     ) -> None:
         self._app = app
         self._hypercorn_config = hypercorn_config
@@ -121,7 +123,7 @@ class _Connection:
         self._certificates = certificates
         self._keep_alive_timeout = config.keep_alive_timeout
         self._write_timeout = config.write_timeout
-        self._state = ConnectionState({"open_requests": open_requests})
+        self._state = state
         self._transport: Transport = SocketTransport(
             stream, write_timeout=config.write_timeout, on_cut_off=self._note_cut_off
         )

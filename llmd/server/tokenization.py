@@ -165,7 +165,9 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
 async def tokenize(server: Server) -> Response:
     """POST /tokenize"""
     body = await read_json_body()
-    request = decode_request(body, TokenizeRequest)
+    request, num_bytes = decode_request(body, TokenizeRequest), len(body)
+    # it may wait for a thread
+    del body
     check_model(request.model, server.config.model.served_names)
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("Give either `prompt` or `messages`.", param="prompt")
@@ -177,7 +179,7 @@ async def tokenize(server: Server) -> Response:
             text, [request.prompt], add_special_tokens=add_special_tokens, max_characters=max_characters
         )
     else:
-        tokens = await encode_conversation(text, request, num_bytes=len(body), max_characters=max_characters)
+        tokens = await encode_conversation(text, request, num_bytes=num_bytes, max_characters=max_characters)
     token_strs = None
     if request.return_token_strs:
         token_strs = await text.threads.run(len(tokens), lambda: list(map(text.tokenizer.token_text, tokens)))

@@ -82,12 +82,12 @@ class H2Client:
         await self.flush()
         return stream_id
 
-    async def upload(self, stream_id: int, data: bytes) -> None:
+    async def upload(self, stream_id: int, data: bytes, *, end: bool = True) -> None:
         """As much of a body as the server takes before it answers in full or resets."""
         while data and not self.answers[stream_id].reset:
             size = min(self.h2.local_flow_control_window(stream_id), self.h2.max_outbound_frame_size, len(data))
             if size:
-                self.h2.send_data(stream_id, data[:size], end_stream=size == len(data))
+                self.h2.send_data(stream_id, data[:size], end_stream=end and size == len(data))
                 data = data[size:]
                 await self.flush()
             else:
