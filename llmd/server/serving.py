@@ -17,6 +17,7 @@ from hypercorn.utils import parse_socket_addr
 from werkzeug.exceptions import BadRequest
 
 from llmd.config import SECONDS, HttpConfig
+from llmd.server.accepting import accept_connections
 from llmd.server.body_memory import BodyMemory
 from llmd.server.connection import OpenRequests
 from llmd.server.http1 import Http1Protocol, refusal
@@ -75,7 +76,7 @@ async def serve(
 
     listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(each)) for each in sockets]
     async with trio.open_nursery() as nursery:
-        await nursery.start(trio.serve_listeners, serve_connection, listeners)
+        await nursery.start(accept_connections, listeners, serve_connection)
         task_status.started()
         await stop.wait()
         await context.terminated.set()
