@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from llmd.config import LogConfig
 from llmd.errors import StartupFailed
+from llmd.line_writer import LineWriter
 
 # X-Request-Id of the request that this task, or a thread of it, works for
 current_request_id: ContextVar[str | None] = ContextVar("current_request_id", default=None)
@@ -26,6 +27,9 @@ current_request_id: ContextVar[str | None] = ContextVar("current_request_id", de
 # who prints an exception of these prints what the system or the operator said, and no part of a request
 _HARMLESS = (OSError, ImportError, MemoryError, StartupFailed)
 _WITHHELD = "(message withheld: it may hold parts of a request; --enable-log-requests shows it)"
+
+_STDERR = 2  # whatever `sys.stderr` is at the moment
+_LAST_MOMENT = 0.5  # seconds
 
 # what every record has; anything else was given as `extra`
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -133,11 +137,17 @@ def _text_value(value: object) -> str:
 
 
 class _Stderr(logging.Handler):
-    """Writes each record as one write, so that the lines of processes that share a stderr do not mix."""
+    """Writes each record as one write, so that the lines of processes that share a stderr do not mix.
+
+    A reader that stalls must not hold up the process, which would be taken for one that hangs: what it does not take is
+    dropped, and counted.
+    """
 
     def __init__(self, form: Callable[[logging.LogRecord], str]) -> None:
         super().__init__()
         self._form = form
+        self._lines = LineWriter(_STDERR)
+        self._num_dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -145,11 +155,24 @@ class _Stderr(logging.Handler):
         except Exception as error:
             # the standard library would print the arguments, whatever they are
             line = self._form(_replacement(record, error))
-        try:
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            return  # nobody reads any more
+        self._tell_dropped()
+        if self._num_dropped or not self._lines.write(line):
+            self._num_dropped += 1
+
+    def close(self) -> None:
+        """The end of the process: a reader that stalls gets one more moment for its last words."""
+        self._lines.flush(patience=_LAST_MOMENT)
+        self._tell_dropped()
+        self._lines.flush(patience=_LAST_MOMENT)
+        super().close()
+
+    def _tell_dropped(self) -> None:
+        """Say where lines are missing, as soon as there is room for it."""
+        if self._num_dropped:
+            text = f"{self._num_dropped} lines of this process are missing here: whoever reads its log was too slow"
+            record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, text, None, None)
+            if self._lines.write(self._form(record)):
+                self._num_dropped = 0
 
 
 def _replacement(record: logging.LogRecord, error: Exception) -> logging.LogRecord:

@@ -2,9 +2,14 @@
 
 import json
 import logging
+import os
+import pty
 import re
+import select
+import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -166,3 +171,66 @@ def test_levels_are_for_our_own_loggers() -> None:
 def test_a_log_that_nobody_reads_ends_nothing() -> None:
     code = "import os; os.close(2)\nlogging.getLogger('llmd').error('x')\nsys.exit(7)"
     assert logged_by(code)[0] == 7
+
+
+def open_pipe(kind: str) -> tuple[int, int]:
+    """Our end to read and another process's stderr, of a kind whose reader can stall."""
+    if kind == "pipe":
+        return os.pipe()
+    if kind == "terminal":
+        return pty.openpty()
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal", "socket"])
+def test_a_reader_that_stalls_holds_nobody_up(kind: str) -> None:
+    """The process would be taken for one that hangs, and replaced."""
+    code = (
+        "import logging, sys\n"
+        "from llmd.config import LogConfig\n"
+        "from llmd.log import configure_logging\n"
+        "configure_logging(LogConfig(format='json'), process='engine')\n"
+        "log = logging.getLogger('llmd')\n"
+        "for i in range(8000): log.info('line %d %s', i, 'x' * (i % 997))\n"
+        "print('done', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "log.info('last')\n"
+        "sys.stdin.readline()\n"
+    )
+    ours, theirs = open_pipe(kind)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        is_done = select.select([process.stdout], [], [], 60)[0]
+        if not is_done:
+            process.kill()
+        assert is_done, "it waits for us"
+        assert process.stdout.readline() == "done\n"
+        read: list[bytes] = []
+        reader = threading.Thread(target=read_to_end, args=(ours, read))
+        reader.start()
+        for _ in range(2):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        reader.join()
+        assert process.wait() == 0
+    os.close(ours)
+    messages = [json.loads(line)["message"] for line in b"".join(read).splitlines()]
+    missing = [message for message in messages if "missing" in message]
+    shown = [message for message in messages if "missing" not in message]
+    # whole lines, the first ones of all, and a word on what is not there
+    assert sum(int(message.split()[0]) for message in missing) + len(shown) == 8001
+    first = messages[: messages.index(missing[0])]
+    assert [message.split()[1] for message in first] == [str(number) for number in range(len(first))]
+    assert len(first) > 100
+
+
+def read_to_end(fd: int, into: list[bytes]) -> None:
+    try:
+        while data := os.read(fd, 1 << 16):
+            into.append(data)
+    except OSError:
+        pass  # a terminal's end

@@ -5,8 +5,10 @@ import sys
 import time
 
 from llmd.config import LogConfig
+from llmd.line_writer import takes_bytes
 from llmd.protocol.control import Stage, SystemState
 
+_STDERR = 2
 _BAR_WIDTH = 30
 # a log file is not a terminal: there, one line a quarter of the way is enough
 _LOG_STEPS = 4
@@ -51,11 +53,14 @@ class Terminal:
     def _draw_bar(self, label: str, progress: float) -> None:
         filled = round(progress * _BAR_WIDTH)
         bar = "█" * filled + "░" * (_BAR_WIDTH - filled)
+        if not takes_bytes(_STDERR):
+            return  # somebody has stopped the terminal (Ctrl-S); no child waits for that
         sys.stderr.write(f"\r\x1b[K{label} {bar} {progress:4.0%}")
         sys.stderr.flush()
         self._bar_drawn = True
 
     def _clear_bar(self) -> None:
-        if self._bar_drawn:
+        if self._bar_drawn and takes_bytes(_STDERR):
             sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
             self._bar_drawn = False
