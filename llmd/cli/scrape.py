@@ -22,14 +22,12 @@ class Target:
     """Where the server is and how to be let in."""
 
     address: str  # for people
-    scheme: str = "http"
     host: str = "localhost"
     port: int | None = None
     prefix: str = ""  # of every path
     uds: str | None = None
     api_key: str | None = None
-    ca_file: str | None = None
-    verify: bool = True
+    tls: ssl.SSLContext | None = None  # None = plain HTTP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +40,13 @@ class Scrape:
     problem: str = ""  # why something is missing
 
 
-def target(url: str, *, uds: str | None = None, **access: Any) -> Target:
-    """The server at this URL; "host:port" will do. Raises StartupFailed if it is none."""
+def target(
+    url: str, *, uds: str | None = None, api_key: str | None = None, tls: ssl.SSLContext | None = None
+) -> Target:
+    """The server at this URL; "host:port" will do. Beside `uds` it says the name in the certificate.
+
+    `tls`: for an https URL, if not the usual context. Raises StartupFailed if it is no URL, or none for that.
+    """
     parts = urlsplit(url if "://" in url else f"http://{url}")
     try:
         port = parts.port
@@ -51,15 +54,42 @@ def target(url: str, *, uds: str | None = None, **access: Any) -> Target:
         raise StartupFailed(f"{url}: {error}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise StartupFailed(f"{url} is not the address of a server, as http://127.0.0.1:8000")
+    if parts.scheme == "http" and tls is not None:
+        raise StartupFailed(f"{url} is not encrypted: --cacert, --insecure, --cert and --key are for https://…")
     return Target(
         address=f"unix:{uds}" if uds else f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}",
-        scheme=parts.scheme,
         host=parts.hostname,
         port=port,
         prefix=parts.path.rstrip("/"),
         uds=uds,
-        **access,
+        api_key=api_key,
+        tls=(tls or tls_context()) if parts.scheme == "https" else None,
     )
+
+
+def tls_context(
+    *, ca_file: str | None = None, verify: bool = True, cert_file: str | None = None, key_file: str | None = None
+) -> ssl.SSLContext:
+    """Whom to trust, and what to show to a server that asks for a certificate. Files are in PEM.
+
+    Raises StartupFailed for one that cannot be used.
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise StartupFailed(f"--cacert {ca_file}: {_reason(error)}") from error
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if key_file is not None and cert_file is None:
+        raise StartupFailed("--key is the private key of --cert: give both")
+    if cert_file is not None:
+        try:
+            context.load_cert_chain(cert_file, key_file)
+        except OSError as error:
+            files = f"--cert {cert_file}" + (f" --key {key_file}" if key_file else "")
+            raise StartupFailed(f"{files}: {_reason(error)}") from error
+    return context
 
 
 def scrape(target: Target) -> Scrape:
@@ -108,27 +138,26 @@ def _get(target: Target, path: str) -> tuple[int, bytes]:
 
 def _connection(target: Target) -> http.client.HTTPConnection:
     if target.uds is not None:
-        return _UnixConnection(target.uds)
-    if target.scheme == "http":
+        return _UnixConnection(target.uds, target.host, tls=target.tls)
+    if target.tls is None:
         return http.client.HTTPConnection(target.host, target.port, timeout=TIMEOUT)
-    context = ssl.create_default_context(cafile=target.ca_file)
-    if not target.verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return http.client.HTTPSConnection(target.host, target.port, timeout=TIMEOUT, context=context)
+    return http.client.HTTPSConnection(target.host, target.port, timeout=TIMEOUT, context=target.tls)
 
 
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP on a unix socket."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=TIMEOUT)
+    def __init__(self, path: str, host: str, *, tls: ssl.SSLContext | None) -> None:
+        super().__init__(host, timeout=TIMEOUT)
         self._path = path
+        self._tls = tls
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(TIMEOUT)
         self.sock.connect(self._path)
+        if self._tls is not None:
+            self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
 def _health(body: bytes) -> dict[str, Any] | None:
@@ -142,6 +171,10 @@ def _health(body: bytes) -> dict[str, Any] | None:
 def _reason(error: OSError | http.client.HTTPException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted ({error.verify_message}); see --cacert and --insecure"
+    if isinstance(error, ssl.SSLError) and "CERTIFICATE_REQUIRED" in (error.reason or ""):
+        return "it asks for a client's certificate; see --cert and --key"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return f"TLS: {error.reason.replace('_', ' ').lower()}"
     if isinstance(error, TimeoutError):
         return f"no answer within {TIMEOUT:g} s"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

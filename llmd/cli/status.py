@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import NoReturn
 
-from llmd.cli.scrape import Scrape, Target, first_key, scrape, target
+from llmd.cli.scrape import Scrape, Target, first_key, scrape, target, tls_context
 from llmd.cli.status_view import Picture, picture, render
 
 READY, NOT_READY, UNREACHABLE = 0, 1, 2
@@ -24,7 +24,10 @@ _OTHER_COLOR = "33"
 def status(flags: argparse.Namespace) -> int:
     """Show the server until Ctrl-C, or once. Returns the exit status; raises StartupFailed for a wrong address."""
     key = flags.api_key or (first_key(flags.api_key_file) if flags.api_key_file else None)
-    server = target(flags.url, uds=flags.uds, api_key=key, ca_file=flags.cacert, verify=not flags.insecure)
+    tls = None
+    if flags.cacert or flags.insecure or flags.cert or flags.key:
+        tls = tls_context(ca_file=flags.cacert, verify=not flags.insecure, cert_file=flags.cert, key_file=flags.key)
+    server = target(flags.url, uds=flags.uds, api_key=key, tls=tls)
     screen = _Screen(as_json=flags.json)
     # what cannot be written in this terminal's encoding is a question mark, never a crash
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # only a test replaces it by another kind

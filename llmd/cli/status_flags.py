@@ -20,6 +20,8 @@ def add_status_flags(parser: argparse.ArgumentParser) -> None:
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--cacert", metavar="FILE", help="certificates to trust (https)")
     trust.add_argument("--insecure", action="store_true", help="trust any certificate (https)")
+    parser.add_argument("--cert", metavar="FILE", help="what to show to a server that asks for a certificate (https)")
+    parser.add_argument("--key", metavar="FILE", help="its private key, unless that lies in --cert too")
 
 
 def _interval(text: str) -> float:

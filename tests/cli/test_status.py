@@ -184,14 +184,14 @@ def test_nothing_yet_is_a_dash_and_not_a_zero() -> None:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("host:80", ("http", "host", 80, "")),
-        ("http://host", ("http", "host", None, "")),
-        ("https://[::1]:8443/llm/", ("https", "::1", 8443, "/llm")),
+        ("host:80", (False, "host", 80, "")),
+        ("http://host", (False, "host", None, "")),
+        ("https://[::1]:8443/llm/", (True, "::1", 8443, "/llm")),
     ],
 )
 def test_addresses(url: str, expected: tuple[object, ...]) -> None:
     found = target(url)
-    assert (found.scheme, found.host, found.port, found.prefix) == expected
+    assert (found.tls is not None, found.host, found.port, found.prefix) == expected
 
 
 @pytest.mark.parametrize("url", ["", "ftp://host", "http://host:port", "http://"])
