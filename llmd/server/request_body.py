@@ -11,9 +11,9 @@ _UTF_8 = frozenset({"utf-8", "utf8", "us-ascii"})
 async def read_json_body() -> bytes:
     """The whole body, not yet decoded.
 
-    Raises (all of them rendered by `error_handlers`): 415 if it is not declared to be JSON in UTF-8 as it is, 413 if it
-    is larger than `max_body_bytes`, 408 if it does not come in within `body_timeout`, 429 if it finds no room beside the
-    bodies of others. The caller decodes it at once, and keeps nothing of it.
+    The caller decodes it at once, and keeps nothing of it. Raises (all of them rendered by `error_handlers`): 415 if it
+    is not declared to be JSON in UTF-8 as it is, 413 if it is larger than `max_body_bytes`, 408 if it does not come in
+    within `body_timeout`, 429 if it finds no room beside the bodies of others.
     """
     if not request.is_json:
         raise UnsupportedMediaType
