@@ -86,7 +86,8 @@ def _scaled(text: str, units: dict[str, int]) -> int:
 def _at_least(minimum: float, convert: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = convert(text)
-        if value < minimum:
+        # a NaN is not less than anything either
+        if not value >= minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
         return value
 

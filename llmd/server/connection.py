@@ -160,7 +160,11 @@ class ClientConnection(TrioASGIHTTPConnection):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_stream(self, send: Send, response: StreamResponse) -> None:
+        is_done = False
+
         async def send_bytes(data: bytes) -> None:
+            nonlocal is_done
+            is_done = data.endswith(DONE)
             await send({"type": "http.response.body", "body": data, "more_body": True})
 
         failure: Exception | None = None
@@ -172,7 +176,8 @@ class ClientConnection(TrioASGIHTTPConnection):
                 failure = error
         if work.cancelled_caught:
             failure = _shutting_down()
-        if failure is not None:
+        # a shutdown may cut a stream whose end is still on its way to a slow client: it has only one end
+        if failure is not None and not is_done:
             await send_bytes(b"data: " + error_body(failure) + b"\n\n" + DONE)
 
 

@@ -25,6 +25,8 @@ from llmd.server.text_model import load_text_model
 
 # beyond all that an orderly shutdown may take; then the kernel ends this process
 _WATCHDOG_MARGIN = 2 * SECONDS
+# `--drain-timeout inf` waits for as long as it takes; the kernel counts in 32 bits
+_LONGEST_ALARM = (2**31 - 1) * SECONDS
 
 
 async def run(config: ServerConfig, control: ControlChannel) -> None:
@@ -67,7 +69,9 @@ async def _follow_state(server: Server, control: ControlChannel, stop: trio.Even
             server.engine.fail_all(f"The engine has failed: {state.detail}")
         elif state.stage is Stage.DRAINING and not stop.is_set():
             # unhandled, SIGALRM ends the process even if its event loop is stuck
-            signal.alarm(math.ceil(server.config.http.drain_timeout + CUT_GRACE + _WATCHDOG_MARGIN))
+            signal.alarm(
+                math.ceil(min(server.config.http.drain_timeout + CUT_GRACE + _WATCHDOG_MARGIN, _LONGEST_ALARM))
+            )
             stop.set()
     everything.cancel_scope.cancel()
 

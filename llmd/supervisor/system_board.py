@@ -21,6 +21,7 @@ class SystemBoard:
         self._num_servers = num_servers
         self._terminal = terminal
         self._ready_servers: set[int] = set()  # pids of those whose /health says 200
+        self._silent: set[str] = set()  # names of those on the engine's side that give no sign of life
         self._announced = False  # that all are ready, since the engine's latest start
         self.was_ready = False  # ever: clients may be there
         self.draining = trio.Event()
@@ -63,15 +64,23 @@ class SystemBoard:
 
     def engine_silent(self, name: str, silent: bool) -> None:
         """The process of this name, on the engine's side, gives no sign of life, or gives signs again."""
-        if silent and self._state.stage is Stage.READY:
-            self._set(stage=Stage.STALLED, detail=f"{name} gives no sign of life")
-        elif not silent and self._state.stage is Stage.STALLED:
+        if silent:
+            self._silent.add(name)
+        else:
+            self._silent.discard(name)
+        if self._state.stage not in (Stage.READY, Stage.STALLED):
+            return
+        if not silent:
             self.warning(f"{name} gives signs of life again")
+        if self._silent:
+            self._set(stage=Stage.STALLED, detail=f"{min(self._silent)} gives no sign of life")
+        else:
             self._set(stage=Stage.READY, detail="")
 
     def engine_lost(self) -> None:
         """The engine ended, and is being replaced."""
         self._ready_servers.clear()
+        self._silent.clear()
         self._announced = False
         self._set(restarts=self._state.restarts + 1)
         if self._is_open():

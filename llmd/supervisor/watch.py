@@ -72,7 +72,11 @@ class Child:
 
     async def tell(self, state: SystemState) -> None:
         """Raises trio.BrokenResourceError if it is gone."""
-        await self._control.send_all(encode_frame(state))
+        try:
+            await self._control.send_all(encode_frame(state))
+        except trio.ClosedResourceError as error:
+            # `run` has found its end first
+            raise trio.BrokenResourceError(f"{name_of(self._process)} is gone") from error
 
     async def _listen(self) -> None:
         while True:

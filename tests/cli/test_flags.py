@@ -61,6 +61,7 @@ def test_byte_counts(text: str, count: int) -> None:
         ("--max-num-queued-tokens", "0"),
         ("--hang-timeout", "1"),
         ("--step-timeout", "0"),
+        ("--drain-timeout", "nan"),
         ("--dtype", "int4"),
         ("--log-format", "xml"),
         ("--log-level", "loud"),

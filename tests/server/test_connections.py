@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from quart import Response
 from trio.testing import trio_test
 
 from llmd.config import HttpConfig
+from llmd.server.connection import OpenRequests
+from llmd.server.responses import DONE, Send, StreamResponse
 from tests.server.conftest import Serving
 from tests.server.live import (
     CLOSE,
@@ -23,6 +26,13 @@ from tests.server.live import (
     until,
 )
 from tests.server.small_app import EVENT, SmallApp, assert_answers, num_tasks
+
+
+def asgi_scope(path: str, **state: Any) -> Any:
+    """A GET without headers, as Hypercorn hands it over."""
+    scope: dict[str, Any] = {"type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "path": path}
+    scope |= {"raw_path": path.encode(), "query_string": b"", "headers": [], "root_path": "", "client": None}
+    return scope | {"state": state}
 
 
 @pytest.mark.parametrize("path", ["/quick", "/stream?count=3", "/missing"])
@@ -49,11 +59,39 @@ async def test_disconnect_from_inside_the_last_send_does_not_cancel_it() -> None
             await trio.testing.wait_all_tasks_blocked()
             closed = True
 
-    scope: Any = {"type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "path": "/quick"}
-    scope = {**scope, "raw_path": b"/quick", "query_string": b"", "headers": [], "root_path": "", "client": None}
     with trio.fail_after(SOON):
-        await SmallApp().app(scope, receive.receive, send)
+        await SmallApp().app(asgi_scope("/quick"), receive.receive, send)
     assert closed
+
+
+@trio_test
+async def test_a_stream_that_is_cut_while_its_end_is_sent_has_one_end() -> None:
+    """Over HTTP/2 what a slow client has not taken yet is sent after the cut all the same."""
+    open_requests = OpenRequests()
+    sent = b""
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        sent += message.get("body", b"")
+        if message.get("body", b"").endswith(DONE):
+            open_requests.cut_all()
+            await trio.lowlevel.checkpoint()
+
+    async def receive() -> Any:
+        await trio.sleep_forever()
+
+    small = SmallApp()
+
+    async def finished() -> Response:
+        async def run(send: Send) -> None:
+            await send(EVENT + DONE)
+
+        return StreamResponse(run)
+
+    small.app.add_url_rule("/finished", view_func=finished)
+    with trio.fail_after(SOON):
+        await small.app(asgi_scope("/finished", open_requests=open_requests), receive, send)
+    assert sent == EVENT + DONE
 
 
 @pytest.mark.parametrize(

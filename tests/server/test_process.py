@@ -1,6 +1,7 @@
 """`python -m llmd.server` as the supervisor starts it: a real process, with a control socket and a listening one."""
 
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -117,6 +118,12 @@ def test_from_nothing_to_an_answer_to_the_end(tmp_path: Path, tiny_model_dir: Pa
                 end = TokenEvent(request_id=request.request_id, token_ids=[66], finish=FinishReason.LENGTH)
                 connection.sendall(encode_frame(StepEvents(events=[end])))
                 assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert child.process.wait(TIMEOUT) == 0
+
+
+def test_a_drain_without_a_limit_is_a_drain(tmp_path: Path) -> None:
+    with server_process(tmp_path, drain_timeout=math.inf) as child:
+        child.tell(SystemState(stage=Stage.DRAINING))
         assert child.process.wait(TIMEOUT) == 0
 
 

@@ -56,6 +56,24 @@ def test_an_engine_without_a_sign_of_life_is_not_called_ready(board: SystemBoard
     assert (board.current.stage, board.current.detail) == (Stage.RESTARTING, "loading weights")
 
 
+def test_one_of_two_that_were_silent_is_not_enough(board: SystemBoard) -> None:
+    board.engine_ready()
+    board.engine_silent("worker 7", True)
+    board.engine_silent("engine 8", True)
+    board.engine_silent("engine 8", False)
+    assert board.current.stage is Stage.STALLED
+    assert "worker 7" in board.current.detail
+    board.engine_silent("worker 7", False)
+    assert board.current.stage is Stage.READY
+    # who was silent and is gone does not count against the next engine
+    board.engine_silent("worker 7", True)
+    board.engine_lost()
+    board.engine_ready()
+    board.engine_silent("worker 9", True)
+    board.engine_silent("worker 9", False)
+    assert board.current.stage is Stage.READY
+
+
 def test_a_failure_stays_and_so_does_the_drain(board: SystemBoard) -> None:
     board.engine_ready()
     board.fail("no disk")

@@ -13,7 +13,16 @@ import trio
 import trio.testing
 
 from llmd.config import FetchConfig, ModelConfig
-from llmd.protocol.control import BEAT_INTERVAL, Beat, ChildFailed, ChildReady, ChildToSupervisor, Line
+from llmd.protocol.control import (
+    BEAT_INTERVAL,
+    Beat,
+    ChildFailed,
+    ChildReady,
+    ChildToSupervisor,
+    Line,
+    Stage,
+    SystemState,
+)
 from llmd.protocol.framing import encode_frame
 from llmd.supervisor.processes import Process
 from llmd.supervisor.watch import Child, how_ended
@@ -128,6 +137,17 @@ def test_the_last_words_of_a_child_that_is_ended_are_heard(watched: Watched) -> 
     assert watched.heard == [ChildFailed("no disk")]
     assert how_ended(watched.process) == f"worker {watched.process.popen.pid} was ended by SIGKILL"
     assert how_ended(watched.process, reason="no disk").endswith("gave up: no disk")
+
+
+def test_a_child_that_is_reaped_is_gone_for_who_tells_it_something(watched: Watched) -> None:
+    async def tell() -> None:
+        child = Child(watched.process, watched.heard.append, hang_timeout=HANG_TIMEOUT, report=watched.lines.append)
+        watched.voice.close()
+        await child.run()
+        with pytest.raises(trio.BrokenResourceError):
+            await child.tell(SystemState(stage=Stage.READY))
+
+    trio.run(tell)
 
 
 def child_process(code: str, stderr: Path) -> Process:
