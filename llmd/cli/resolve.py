@@ -5,7 +5,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-from llmd.cli.flags import DEFAULT_HOST, DEFAULT_PORT
 from llmd.config import CacheConfig, Config, HttpConfig, LogConfig, ModelConfig, SchedulerConfig, SupervisorConfig
 from llmd.errors import StartupFailed
 from llmd.fetch.source import DEMO_MODEL_NAME, default_cache_dir
@@ -59,8 +58,6 @@ def resolve(flags: argparse.Namespace) -> Config:
         policy=flags.scheduling_policy,
     )
     http = HttpConfig(
-        host=flags.host or DEFAULT_HOST,
-        port=DEFAULT_PORT if flags.port is None else flags.port,
         num_frontends=flags.api_server_count,
         response_role=flags.response_role,
         max_body_bytes=flags.max_body_bytes,
@@ -181,10 +178,8 @@ def _check_tls(http: HttpConfig) -> None:
     # most servers run without TLS, and start without waiting for its import
     from llmd.server.tls import TlsFiles, load_context
 
-    files = TlsFiles.of(http)
-    assert files is not None
     try:
-        load_context(files)
+        load_context(TlsFiles.of(http))
     except ValueError as error:
         raise StartupFailed(str(error)) from error
 

@@ -61,6 +61,9 @@ class Http1Protocol(H11Protocol):
             await self.can_read.set()
             await self._close_stream()
 
+    def drain(self) -> None:
+        """Nothing to say now: the word that a connection ends comes with its next answer, see `stream_send`."""
+
     def _num_pipelined(self) -> int:
         return len(self.connection.trailing_data[0])
 

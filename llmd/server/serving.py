@@ -4,7 +4,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
@@ -21,9 +21,12 @@ from llmd.server.accepting import accept_connections
 from llmd.server.body_memory import BodyMemory
 from llmd.server.connection import OpenRequests
 from llmd.server.http1 import Http1Protocol, refusal
-from llmd.server.http2 import Http2Protocol
-from llmd.server.tls import Certificates, HandshakeFailed, PlainHttp, TlsFiles, TlsTransport
 from llmd.server.transport import SocketTransport, Transport
+
+if TYPE_CHECKING:
+    # most servers run without TLS, and without it there is no HTTP/2: they start without waiting for these
+    from llmd.server.http2 import Http2Protocol
+    from llmd.server.tls import Certificates
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -57,8 +60,7 @@ async def serve(
     connections: set[_Connection] = set()
     context = WorkerContext(max_requests=None)
     wrapped_app, hypercorn_config = ASGIWrapper(app), _hypercorn_config(config)
-    tls_files = TlsFiles.of(config)
-    certificates = Certificates(tls_files) if tls_files is not None else None
+    certificates = _certificates(config)
 
     async def serve_connection(stream: trio.SocketStream) -> None:
         connection = _Connection(
@@ -90,6 +92,15 @@ async def serve(
         nursery.cancel_scope.cancel()
 
 
+def _certificates(config: HttpConfig) -> "Certificates | None":
+    """None = no TLS."""
+    if config.ssl_certfile is None:
+        return None
+    from llmd.server.tls import Certificates, TlsFiles
+
+    return Certificates(TlsFiles.of(config))
+
+
 def _hypercorn_config(config: HttpConfig) -> Config:
     """Every limit that Hypercorn's protocol classes look at, on purpose."""
     hypercorn = Config()
@@ -114,7 +125,7 @@ class _Connection:
         stream: trio.SocketStream,
         config: HttpConfig,
         *,
-        certificates: Certificates | None,
+        certificates: "Certificates | None",
         state: ConnectionState,
     ) -> None:
         self._app = app
@@ -158,17 +169,15 @@ class _Connection:
 
     def drain(self) -> None:
         """Have the client come again on another connection, where its protocol has a word for that."""
-        if not isinstance(self._protocol, Http2Protocol):
-            return
-        if self._idle:
-            self._reading.cancel()
-        else:
+        if self._protocol is not None:
             self._protocol.drain()
 
     async def _begin(self) -> str | None:
         """Encrypt from here on, if that is wanted. Returns what the client wants to speak, if it says."""
         if self._certificates is None:
             return None
+        from llmd.server.tls import HandshakeFailed, PlainHttp, TlsTransport
+
         assert isinstance(self._transport, SocketTransport)
         self._reading.deadline = trio.current_time() + min(HANDSHAKE_TIMEOUT, self._keep_alive_timeout)
         context = self._certificates.context()
@@ -201,7 +210,9 @@ class _Connection:
             send=self._send,
         )
 
-    def _make_http2(self, tasks: TaskGroup, *, client: Any, server: Any) -> Http2Protocol:
+    def _make_http2(self, tasks: TaskGroup, *, client: Any, server: Any) -> "Http2Protocol":
+        from llmd.server.http2 import Http2Protocol
+
         return Http2Protocol(
             self._app,
             self._hypercorn_config,

@@ -1,7 +1,6 @@
 """TLS: certificates from files that may change, and encryption in front of a socket. Knows no HTTP."""
 
 import logging
-import os
 import re
 import ssl
 from contextlib import suppress
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import trio
 
 from llmd.config import HttpConfig
+from llmd.server.file_stamp import FileStamp, file_stamp
 from llmd.server.transport import SocketTransport
 
 # best first; who speaks neither gets HTTP/1.1
@@ -23,9 +23,6 @@ _CERTIFICATE = re.compile(rb"-----BEGIN (TRUSTED |X509 )?CERTIFICATE-----")
 _PRIVATE_KEY = re.compile(rb"-----BEGIN ([A-Z]+ )?PRIVATE KEY-----")
 _ENCRYPTED_KEY = re.compile(rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|^Proc-Type: 4,ENCRYPTED", re.MULTILINE)
 
-# of the name and content of a file: whoever changes it changes one of these
-_Stamp = tuple[int, int, int, int, int]
-
 _log = logging.getLogger(__name__)
 
 
@@ -38,10 +35,9 @@ class TlsFiles:
     ca_certs: str | None = None  # clients must show a certificate that one of these has signed
 
     @classmethod
-    def of(cls, config: HttpConfig) -> "TlsFiles | None":
-        """None = no TLS."""
-        if config.ssl_certfile is None:
-            return None
+    def of(cls, config: HttpConfig) -> "TlsFiles":
+        """Those of a configuration that asks for TLS."""
+        assert config.ssl_certfile is not None
         return cls(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs)
 
     @property
@@ -120,7 +116,7 @@ class Certificates:
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
         self._context: ssl.SSLContext | None = None
-        self._stamps: list[_Stamp | None] = []
+        self._stamps: list[FileStamp | None] = []
         self._problem = ""
         # what is wrong with them is in the log before the first client comes
         self.context()
@@ -128,7 +124,7 @@ class Certificates:
     def context(self) -> ssl.SSLContext | None:
         """For a connection that begins now; None while there is none that could be used."""
         # before the files are read: what changes meanwhile is seen the next time
-        stamps = [_stamp(file) for file in self._files.flags.values()]
+        stamps = [file_stamp(file) for file in self._files.flags.values()]
         if stamps != self._stamps:
             try:
                 self._load()
@@ -286,14 +282,6 @@ def _read(flag: str, file: str) -> bytes:
             return content.read()
     except OSError as error:
         raise ValueError(f"{flag} {file}: {error.strerror or error}") from error
-
-
-def _stamp(file: str) -> _Stamp | None:
-    try:
-        status = os.stat(file)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _reason(error: ssl.SSLError) -> str:
