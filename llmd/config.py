@@ -49,8 +49,6 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True):
 class HttpConfig(Struct, frozen=True, kw_only=True):
     """The HTTP side."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
     num_frontends: int = 1
     response_role: str = "assistant"
     max_body_bytes: int = 16 * MIB

@@ -31,8 +31,8 @@ def log_answer(record: RequestRecord) -> None:
     }
     if record.first_byte_at is not None:
         fields["first_byte_ms"] = _milliseconds(record.first_byte_at - record.arrived)
-    if record.key_digest:
-        fields["key"] = record.key_digest
+    if record.identity:
+        fields["key"] = record.identity
     if record.answer is not None:
         usage = record.answer.usage()
         fields["prompt_tokens"] = usage.prompt_tokens

@@ -11,9 +11,7 @@ import stat
 from collections.abc import Sequence
 
 from llmd.errors import InvalidApiKey
-
-# of the name and content of a file: whoever changes it changes one of these
-_Stamp = tuple[int, int, int, int, int]
+from llmd.server.file_stamp import FileStamp, file_stamp
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ class ApiKeys:
         self._of_flags = tuple(digests)
         self._of_file: tuple[bytes, ...] = ()
         self._file = file
-        self._stamp: _Stamp | None = None
+        self._stamp: FileStamp | None = None  # None = to be read
         self._problem = ""
 
     @property
@@ -53,10 +51,11 @@ class ApiKeys:
         return sum([hmac.compare_digest(digest, known) for known in (*self._of_flags, *self._of_file)]) > 0
 
     def _refresh(self, file: str) -> None:
+        # before it is read: what changes meanwhile is seen the next time
+        stamp = file_stamp(file)
+        if stamp is not None and stamp == self._stamp:
+            return
         try:
-            stamp = _stamp(file)
-            if stamp == self._stamp:
-                return
             self._of_file = read_key_file(file)
         except (OSError, ValueError) as error:
             self._note(f"--api-key-file {file}: {_reason(error)}; the keys that were read before stay valid")
@@ -83,6 +82,12 @@ def bearer_token(authorization: str | None) -> str | None:
 
 def key_digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
+
+
+def identity(authorization: str | None) -> str:
+    """The same for all requests with the same key, and "" without one. The key itself cannot be had from it."""
+    key = bearer_token(authorization)
+    return "" if key is None else key_digest(key).hex()[:16]
 
 
 def key_fault(key: str) -> str | None:
@@ -112,11 +117,6 @@ def read_key_file(file: str) -> tuple[bytes, ...]:
     if not keys:
         raise ValueError("there is no key in it")
     return tuple(key_digest(key) for _, key in keys)
-
-
-def _stamp(file: str) -> _Stamp:
-    status = os.stat(file)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -4,7 +4,7 @@ A route is a function `async def name(server: Server) -> Response`; a variable p
 argument of that name. It may raise anything: `error_handlers` renders it.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from quart import Response, g, request
 from quart_trio import QuartTrio
@@ -101,8 +101,8 @@ ROUTES = (
 )
 
 
-def create_app(server: Server) -> QuartTrio:
-    """The application; nothing of it is shared with another one."""
+def create_app(server: Server, *, listeners: Sequence[Listener] = ()) -> QuartTrio:
+    """The application; nothing of it is shared with another one. `listeners` hear of each request that has ended."""
     app = QuartTrio(__name__, static_folder=None)
     app.asgi_http_class = ClientConnection
     app.config["MAX_CONTENT_LENGTH"] = server.config.http.max_body_bytes
@@ -118,7 +118,8 @@ def create_app(server: Server) -> QuartTrio:
     # in this order: a preflight brings no key
     register_cors(app, server.config.http.allowed_origins)
     _require_key(app, server)
-    _record_requests(app, server)
+    logged = [access_log.log_answer] if server.config.log.access_log else []
+    record_requests(app, [*logged, *listeners])
     return app
 
 
@@ -134,15 +135,6 @@ def _view(route: Route, server: Server) -> Callable[..., Awaitable[Response]]:
             return error_response(error)
 
     return view
-
-
-def _record_requests(app: QuartTrio, server: Server) -> None:
-    listeners: list[Listener] = []
-    if server.config.log.access_log:
-        listeners.append(access_log.log_answer)
-    if server.tracer is not None:
-        listeners.append(server.tracer.trace)
-    record_requests(app, listeners)
 
 
 def _require_key(app: QuartTrio, server: Server) -> None:

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -16,10 +15,6 @@ from llmd.server.metrics import Metrics
 from llmd.server.text_threads import TextThreads
 from llmd.text.chat_template import ChatTemplate
 from llmd.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    # an optional package, imported only where it was asked for
-    from llmd.server.tracing import Tracer
 
 _MAX_RESTARTS_KEPT = 64
 
@@ -78,7 +73,6 @@ class Server:
     engine: EngineClient
     metrics: Metrics
     text: TextModel | None = None
-    tracer: "Tracer | None" = None
     counted_before: list[Family] = field(default_factory=list)  # by the processes that this one replaces
 
     def loaded_text(self) -> TextModel:

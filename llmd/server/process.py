@@ -38,10 +38,13 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
         engine=EngineClient(config.engine_path),
         metrics=Metrics(config.model.served_names[0], server=str(config.index)),
     )
+    tracer = None
     if (endpoint := config.http.otlp_traces_endpoint) is not None:
+        # an optional package
         from llmd.server.tracing import Tracer
 
-        server.tracer = Tracer(endpoint, server.state)
+        tracer = Tracer(endpoint, server.state)
+    app = create_app(server, listeners=[tracer.trace] if tracer is not None else [])
     if (before := left_before(config)) is not None:
         server.counted_before = without_gauges(before.counted)
         server.engine.history = before.engine
@@ -53,10 +56,10 @@ async def run(config: ServerConfig, control: ControlChannel) -> None:
         nursery.start_soon(leave_figures, config, partial(own_figures, server))
         nursery.start_soon(_follow_state, server, control, stop, nursery)
         nursery.start_soon(_load_text, server, control)
-        await serve(create_app(server), config.http, sockets=sockets, stop=stop)
+        await serve(app, config.http, sockets=sockets, stop=stop)
         nursery.cancel_scope.cancel()
-    if server.tracer is not None:
-        await server.tracer.flush()
+    if tracer is not None:
+        await tracer.flush()
 
 
 async def _follow_state(server: Server, control: ControlChannel, stop: trio.Event, everything: trio.Nursery) -> None:

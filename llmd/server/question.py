@@ -14,7 +14,6 @@ import msgspec
 
 import llmd
 from llmd.errors import InvalidRequest, Unavailable
-from llmd.protocol.control import Stage
 from llmd.protocol.generation import SamplingParams
 from llmd.server.context import Server, TextModel
 from llmd.server.engine_client import SequenceStart
@@ -72,8 +71,6 @@ class Question:
 def admit(server: Server) -> TextModel:
     """The text model, if the engine takes requests. Raises Unavailable, with the reason, if not."""
     text = server.loaded_text()
-    if server.state.current.stage is Stage.DRAINING:
-        raise Unavailable("The server is shutting down and takes no new requests.")
     if server.engine.ready is None:
         raise Unavailable("The engine is restarting. Running requests go on after that; please send new ones then.")
     return text

@@ -6,7 +6,7 @@ import uuid
 from quart import request
 
 from llmd.errors import InvalidRequest
-from llmd.server.api_keys import bearer_token, key_digest
+from llmd.server.api_keys import identity
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 
@@ -20,9 +20,8 @@ def request_name(given: str = "") -> str:
 
 
 def client_identity() -> str:
-    """The same for all requests with the same API key, and "" without one. The key itself cannot be had from it."""
-    key = bearer_token(request.headers.get("Authorization"))
-    return "" if key is None else key_digest(key).hex()[:16]
+    """Who asks, as `api_keys.identity` has it."""
+    return identity(request.headers.get("Authorization"))
 
 
 def header_timeout() -> float | None:

@@ -15,7 +15,7 @@ import trio
 from quart_trio import QuartTrio
 
 from llmd.log import current_request_id
-from llmd.server.api_keys import bearer_token, key_digest
+from llmd.server.api_keys import identity
 from llmd.server.openai_responses import Usage
 from llmd.server.question import Question
 from llmd.server.request_headers import request_name
@@ -70,10 +70,9 @@ class RequestRecord:
         return None if started_at is None or self.submitted_at is None else started_at - self.submitted_at
 
     @property
-    def key_digest(self) -> str:
-        """The beginning of the API key's digest, as the engine knows it too; "" without a key."""
-        key = bearer_token(self.headers.get("authorization"))
-        return "" if key is None else key_digest(key).hex()[:16]
+    def identity(self) -> str:
+        """Who asks, as the engine knows it too; "" without an API key."""
+        return identity(self.headers.get("authorization"))
 
 
 Listener = Callable[[RequestRecord], None]

@@ -77,15 +77,10 @@ def receiver(status: int = 200) -> Iterator[Receiver]:
         server.server_close()
 
 
-def traced(running: Application, endpoint: str) -> Application:
+def traced(running: Application, endpoint: str) -> tuple[Application, Tracer]:
     """The same application with a tracer."""
-    running.server.tracer = Tracer(endpoint, running.server.state)
-    return replace(running, app=create_app(running.server))
-
-
-async def flushed(running: Application) -> None:
-    assert running.server.tracer is not None
-    await running.server.tracer.flush()
+    tracer = Tracer(endpoint, running.server.state)
+    return replace(running, app=create_app(running.server, listeners=[tracer.trace])), tracer
 
 
 async def complete(running: Application, body: dict[str, Any], **headers: str) -> Answered:
@@ -109,12 +104,12 @@ def test_a_span_says_what_a_request_was(stream: bool, tiny_model_dir: Path) -> N
     async def main() -> None:
         with receiver() as received:
             async with application(tiny_model_dir) as plain:
-                running = traced(plain, received.url)
+                running, tracer = traced(plain, received.url)
                 body = {"n": 2, "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "stream": stream}
                 traceparent = f"00-{TRACE_ID}-{PARENT_ID}-01"
                 await complete(running, body, traceparent=traceparent, authorization="Bearer marker")
                 await running.get("/health")
-                await flushed(running)
+                await tracer.flush()
         (span,) = received.spans
         assert received.services == ["llmd"]
         assert (span.name, span.kind) == ("llm_request", span.SPAN_KIND_SERVER)
@@ -154,11 +149,11 @@ def test_a_request_that_is_refused_or_fails_has_its_span(tiny_model_dir: Path) -
     async def main() -> None:
         with receiver() as received:
             async with application(tiny_model_dir, error_after=2) as plain:
-                running = traced(plain, received.url)
+                running, tracer = traced(plain, received.url)
                 assert (await complete(running, {"marker": 1})).status == 400
                 assert (await complete(running, {})).status == 500
                 assert (await complete(running, {"stream": True})).status == 200
-                await flushed(running)
+                await tracer.flush()
         refused, failed, cut = received.spans
         assert [attributes(span)["http.response.status_code"] for span in received.spans] == [400, 500, 200]
         assert [attributes(span).get("error.type") for span in received.spans] == [None, "500", "error"]
@@ -173,7 +168,7 @@ def test_a_restart_of_the_engine_is_an_event_of_what_it_hit(tiny_model_dir: Path
     async def main() -> None:
         with receiver() as received:
             async with application(tiny_model_dir, die_after=[2]) as plain:
-                running = traced(plain, received.url)
+                running, tracer = traced(plain, received.url)
 
                 async def note_restart() -> None:
                     await running.engine.wait_until(lambda: running.engine.num_connections == 2)
@@ -183,7 +178,7 @@ def test_a_restart_of_the_engine_is_an_event_of_what_it_hit(tiny_model_dir: Path
                     nursery.start_soon(note_restart)
                     assert (await complete(running, {"max_tokens": 200})).status == 200
                 await complete(running, {})
-                await flushed(running)
+                await tracer.flush()
         hit, later = received.spans
         assert [event.name for event in hit.events] == ["engine_restart"]
         assert hit.start_time_unix_nano <= hit.events[0].time_unix_nano <= hit.end_time_unix_nano
@@ -196,17 +191,17 @@ def test_a_receiver_that_fails_costs_spans_and_one_line(tiny_model_dir: Path) ->
     async def main() -> None:
         with receiver(status=400) as received:
             async with application(tiny_model_dir) as plain:
-                running = traced(plain, received.url)
+                running, tracer = traced(plain, received.url)
                 with logged() as log:
                     for _ in range(3):
                         assert (await complete(running, {})).status == 200
-                        await flushed(running)
+                        await tracer.flush()
                     assert received.num_posts == 3
                     warnings = [line["message"] for line in log.lines if line["logger"] == "llmd.server.tracing"]
                     assert warnings == [f"spans do not get to {received.url}/v1/traces: they are dropped until they do"]
                     received.status = 200
                     await complete(running, {})
-                    await flushed(running)
+                    await tracer.flush()
                     assert len(received.spans) == 1
                     assert [line["level"] for line in log.lines if "again" in line["message"]] == ["warning"]
 
@@ -218,12 +213,12 @@ def test_a_receiver_that_is_gone_holds_up_nobody(tiny_model_dir: Path) -> None:
         with receiver() as received:
             gone = received.url
         async with application(tiny_model_dir) as plain:
-            running = traced(plain, gone)
+            running, tracer = traced(plain, gone)
             for _ in range(20):
                 assert (await complete(running, {"max_tokens": 2})).status == 200
             # the SDK tries for a while; the end of the process does not wait for it
             with trio.fail_after(10):
-                await flushed(running)
+                await tracer.flush()
 
     run(main, uses_threads=True)
 
