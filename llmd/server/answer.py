@@ -5,48 +5,22 @@ know how a chat or a completion looks; `chat` and `completions` render their own
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import trio
 
-from llmd.errors import DeadlineExceeded, EngineFailed
-from llmd.protocol.generation import FinishReason, TokenEvent, TokenLogprobs
+from llmd.errors import DeadlineExceeded
+from llmd.protocol.generation import FinishReason, TokenEvent
 from llmd.server.admission import overloaded, rejection
+from llmd.server.choice import Choice, Delta, summed
 from llmd.server.connection import hold
-from llmd.server.context import Server, TextModel
+from llmd.server.context import Server
 from llmd.server.engine_client import IndexedEvent
 from llmd.server.metrics import SequenceTimes
-from llmd.server.openai_responses import AnswerFinish, PromptTokensDetails, Usage
-from llmd.server.openai_types import CompletionRequest
-from llmd.server.parameters import stop_strings
+from llmd.server.openai_responses import PromptTokensDetails, Usage
 from llmd.server.question import Question
 from llmd.server.request_record import note_answer
-from llmd.text.output import TextOutput
-
-
-@dataclass(frozen=True, slots=True)
-class ShownToken:
-    """One token of a choice, as its log-probabilities are reported."""
-
-    token_id: int
-    offset: int  # characters of the choice's text before it
-    logprobs: TokenLogprobs | None  # None for the first token of an echoed prompt: nothing stands before it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What one choice has new and may be shown."""
-
-    index: int
-    is_first: bool
-    text: str
-    tokens: list[ShownToken]  # empty unless log-probabilities are asked
-    token_ids: list[int]  # drawn since the last delta, whether they show or not
-    finish_reason: AnswerFinish | None
-    stop_reason: str | int | None  # the stop string, or the client's own stop token
 
 
 def begin(server: Server, question: Question) -> "Answer":
@@ -82,20 +56,7 @@ async def collect(answer: "Answer") -> tuple[list[Delta], Usage]:
         while not answer.is_over:
             for delta in await answer.deltas():
                 parts[delta.index].append(delta)
-        return [_sum(deltas) for deltas in parts], answer.usage()
-
-
-def _sum(deltas: Sequence[Delta]) -> Delta:
-    """All that the deltas of one choice say, in one."""
-    return Delta(
-        index=deltas[-1].index,
-        is_first=True,
-        text="".join([delta.text for delta in deltas]),
-        tokens=[token for delta in deltas for token in delta.tokens],
-        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
-        finish_reason=deltas[-1].finish_reason,
-        stop_reason=deltas[-1].stop_reason,
-    )
+        return [summed(deltas) for deltas in parts], answer.usage()
 
 
 class Answer:
@@ -109,7 +70,7 @@ class Answer:
         self._metrics = server.metrics
         self._question = question
         text = server.loaded_text()
-        self._choices = [_Choice(text, question, index) for index in range(question.num_choices)]
+        self._choices = [Choice(text, question, index) for index in range(question.num_choices)]
         self._num_open = question.num_choices
         # choices that have not ended, by prompt
         self._num_unfinished = [question.request.n] * len(question.prompts)
@@ -215,7 +176,7 @@ class Answer:
             prompt_tokens_details=PromptTokensDetails(cached_tokens),
         )
 
-    def _observe(self, choice: "_Choice", event: TokenEvent) -> None:
+    def _observe(self, choice: Choice, event: TokenEvent) -> None:
         now = trio.current_time()
         if choice.last_event_at is None:
             if event.finish is FinishReason.ERROR:
@@ -227,7 +188,7 @@ class Answer:
             self._metrics.inter_token(now - choice.last_event_at)
         choice.last_event_at = now
 
-    def _finish(self, choice: "_Choice", reason: str) -> None:
+    def _finish(self, choice: Choice, reason: str) -> None:
         choice.is_finished = True
         choice.ended_by = reason
         arrived, started_at = self._question.arrived, self._generation.started_at(choice.index)
@@ -254,77 +215,3 @@ class Answer:
             n = self._question.request.n
             siblings = self._choices[prompt_index * n : (prompt_index + 1) * n]
             self._metrics.prompt_finished(n=n, max_output_tokens=max([choice.num_tokens for choice in siblings]))
-
-
-class _Choice:
-    """One choice: tokens in, text that is safe to show out."""
-
-    def __init__(self, text: TextModel, question: Question, index: int) -> None:
-        self.index = index
-        self.prompt = question.prompts[index // question.request.n]
-        self.sampling = question.sampling[index // question.request.n]
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.is_finished = False
-        self.ended_by: str | None = None
-        self.last_event_at: float | None = None
-        self.first_token_seconds: float | None = None
-        self._tokenizer = text.tokenizer
-        self._request = question.request
-        self._echoes = isinstance(question.request, CompletionRequest) and question.request.echo
-        self._is_first = True
-        self._num_echoed_characters = 0
-        self._output = TextOutput(
-            text.tokenizer,
-            prompt_token_ids=self.prompt.token_ids,
-            stop=stop_strings(question.request),
-            stop_token_ids=question.request.stop_token_ids,
-            include_stop_str_in_output=question.request.include_stop_str_in_output,
-            min_tokens=question.request.min_tokens,
-            skip_special_tokens=question.request.skip_special_tokens,
-        )
-
-    def push(self, event: TokenEvent) -> Delta | None:
-        """What the event adds; None if there is nothing to show yet. Raises EngineFailed for an error event."""
-        if event.finish is FinishReason.ERROR:
-            raise EngineFailed(event.error or "The engine could not finish this request.")
-        is_first, self._is_first = self._is_first, False
-        echo, echoed_tokens = self._echo(event.prompt_logprobs) if is_first and self._echoes else ("", [])
-        new = self._output.push(event.token_ids, finish=event.finish)
-        token_ids = event.token_ids[: new.num_tokens]
-        offsets = [self._num_echoed_characters + offset for offset in new.text_offsets]
-        # strict is off: tokens behind a stop string have log-probabilities too, and the lists end where the text does
-        tokens = [ShownToken(*shown) for shown in zip(token_ids, offsets, event.logprobs, strict=False)]
-        self.num_tokens += new.num_tokens
-        self.num_cached_tokens = event.num_cached_tokens or self.num_cached_tokens
-        self.is_finished = new.finish_reason is not None
-        text = echo + new.text
-        if not (is_first or text or tokens or self.is_finished or (token_ids and self._request.return_token_ids)):
-            return None
-        return Delta(
-            index=self.index,
-            is_first=is_first,
-            text=text,
-            tokens=echoed_tokens + tokens,
-            token_ids=token_ids,
-            finish_reason=cast("AnswerFinish | None", new.finish_reason and new.finish_reason.value),
-            stop_reason=new.stop_reason,
-        )
-
-    def _echo(self, prompt_logprobs: list[TokenLogprobs] | None) -> tuple[str, list[ShownToken]]:
-        """The prompt as the beginning of the answer, and its tokens if log-probabilities are asked.
-
-        A prompt that came as text is given back as it came; what the tokenizer put in front of it has no place there.
-        """
-        token_ids, given = self.prompt.token_ids, self.prompt.text
-        skip_special_tokens = given is None and self._request.skip_special_tokens
-        output = TextOutput(self._tokenizer, prompt_token_ids=(), skip_special_tokens=skip_special_tokens)
-        decoded = output.push(token_ids, finish=FinishReason.LENGTH)
-        text = decoded.text if given is None else given
-        self._num_echoed_characters = len(text)
-        if prompt_logprobs is None:
-            return text, []
-        num_in_front = max(0, len(decoded.text) - len(text))
-        offsets = [max(0, offset - num_in_front) for offset in decoded.text_offsets]
-        logprobs = [None, *prompt_logprobs]
-        return text, [ShownToken(*shown) for shown in zip(token_ids, offsets, logprobs, strict=True)]

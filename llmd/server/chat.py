@@ -8,7 +8,8 @@ from quart import Response
 
 from llmd.errors import InvalidRequest
 from llmd.server.access_log import log_request
-from llmd.server.answer import Delta, begin, collect
+from llmd.server.answer import begin, collect
+from llmd.server.choice import Delta
 from llmd.server.context import Server, TextModel
 from llmd.server.logprobs import chat_logprobs
 from llmd.server.openai_responses import AnswerMessage, ChatChoice, ChatCompletion, ChatLogprobs, Usage

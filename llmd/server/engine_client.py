@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Self
 
 import msgspec
 import trio
@@ -28,38 +28,13 @@ from llmd.protocol.generation import (
 )
 from llmd.server.admission import Backlog
 from llmd.server.engine_history import heard
+from llmd.server.mailbox import Mailbox
 from llmd.server.suspicion import Suspicion
 
-Item = TypeVar("Item")
 Connect = Callable[[str], Awaitable[trio.abc.Stream]]
 
 FIRST_RETRY = 0.05  # seconds
 LAST_RETRY = 1.0
-
-
-class Mailbox(Generic[Item]):
-    """Many may put, one takes all that is pending. Putting never waits, so nobody slow can hold up the sender."""
-
-    def __init__(self) -> None:
-        self._items: list[Item] = []
-        self._waiting = trio.lowlevel.ParkingLot()
-
-    def put(self, item: Item) -> None:
-        self._items.append(item)
-        self._waiting.unpark()
-
-    async def take(self) -> list[Item]:
-        """Everything that has come in, at least one. Always a checkpoint; a cancelled take loses nothing."""
-        if self._items:
-            await trio.lowlevel.checkpoint()
-        else:
-            await self._waiting.park()
-        return self.take_pending()
-
-    def take_pending(self) -> list[Item]:
-        """What has come in, without waiting: perhaps nothing."""
-        items, self._items = self._items, []
-        return items
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Pure but for `own_figures`, which asks this process for its state. Knows no file and no socket.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -19,11 +19,10 @@ from llmd.protocol.figures import Family, Sample, ServerFigures
 from llmd.protocol.generation import STEP_TOKENS_BUCKETS, EngineReady, EngineStatistics
 from llmd.server.context import Server
 from llmd.server.engine_history import totals
-from llmd.server.figures import Others, added_up
+from llmd.server.families import Labels, added_up, counter, gauge, merged
+from llmd.server.figures import Others
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
-
-Labels = dict[str, str]
 
 # today's name → the one that older dashboards know
 _OLD_NAMES = {
@@ -61,7 +60,7 @@ def own_queue_age(server: Server) -> float:
 def own_figures(server: Server) -> ServerFigures:
     """What this process has to add to what the others know."""
     labels = server.metrics.model_labels
-    resumed = _counter(
+    resumed = counter(
         "llmd:resumed_requests", "Sequences that went on in a new engine.", labels, server.engine.num_resumed
     )
     counted = [*server.metrics.counted(), resumed]
@@ -82,30 +81,30 @@ def exposition(labels: Labels, system: System, own: ServerFigures, others: Other
         *_system(system),
         *_engine(labels, system.stage, everybody),
         *added_up([figures.counted for figures in everybody]),
-        _gauge(
+        gauge(
             "llmd:queue_age_seconds",
             "How long the oldest sequence without a first token has waited.",
             labels,
             max(figures.queue_age for figures in everybody),
         ),
-        _gauge(
+        gauge(
             "llmd:servers_unreachable",
             "Server processes without a sign of life; what they had counted is still in the sums.",
             {},
             others.num_unreachable,
         ),
-        *_merged([figures.process for figures in everybody]),
+        *merged([figures.process for figures in everybody]),
     ]
     old = [_renamed(family, _OLD_NAMES[family.name]) for family in families if family.name in _OLD_NAMES]
     return _render([*families, *old])
 
 
 def _system(system: System) -> Iterator[Family]:
-    yield _gauge("llmd:build_info", "The version of llmd.", {"version": system.version}, 1)
-    yield _gauge("llmd:start_time_seconds", "When `llmd serve` began, in unix time.", {}, system.started_at)
+    yield gauge("llmd:build_info", "The version of llmd.", {"version": system.version}, 1)
+    yield gauge("llmd:start_time_seconds", "When `llmd serve` began, in unix time.", {}, system.started_at)
     stages = [Sample("llmd:stage", {"stage": str(stage)}, float(stage is system.stage)) for stage in Stage]
     yield Family("llmd:stage", "gauge", "1 for the stage that the system is in, 0 for the others.", stages)
-    yield _counter("llmd:engine_restarts", "Engines that were started to replace one that died.", {}, system.restarts)
+    yield counter("llmd:engine_restarts", "Engines that were started to replace one that died.", {}, system.restarts)
 
 
 def _engine(labels: Labels, stage: Stage, everybody: list[ServerFigures]) -> Iterator[Family]:
@@ -123,24 +122,24 @@ def _engine(labels: Labels, stage: Stage, everybody: list[ServerFigures]) -> Ite
         yield _cache_layout(labels, ready)
     usage = 1 - state.num_free_blocks / state.num_blocks if state.num_blocks else 0.0
     queries, hits = counters.prefix_cache_queries, counters.prefix_cache_hits
-    yield _gauge("vllm:num_requests_running", "Sequences that the engine computes.", labels, state.num_running)
-    yield _gauge("vllm:num_requests_waiting", "Sequences that wait for their turn.", labels, state.num_waiting)
-    yield _gauge(
+    yield gauge("vllm:num_requests_running", "Sequences that the engine computes.", labels, state.num_running)
+    yield gauge("vllm:num_requests_waiting", "Sequences that wait for their turn.", labels, state.num_waiting)
+    yield gauge(
         "vllm:num_requests_waiting_by_reason",
         "The same, by why they wait.",
         {**labels, "reason": "capacity"},
         state.num_waiting,
     )
-    yield _gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", labels, usage)
-    yield _gauge(
+    yield gauge("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.", labels, usage)
+    yield gauge(
         "vllm:gpu_prefix_cache_hit_rate",
         "Share of the tokens looked up that the prefix cache held, since the start, 0 to 1.",
         labels,
         hits / queries if queries else 0.0,
     )
-    yield _counter("vllm:num_preemptions", "Sequences put back for lack of blocks.", labels, counters.num_preemptions)
-    yield _counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", labels, queries)
-    yield _counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", labels, hits)
+    yield counter("vllm:num_preemptions", "Sequences put back for lack of blocks.", labels, counters.num_preemptions)
+    yield counter("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache.", labels, queries)
+    yield counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", labels, hits)
     yield _step_tokens(labels, counters)
 
 
@@ -150,7 +149,7 @@ def _cache_layout(labels: Labels, ready: EngineReady) -> Family:
         "num_gpu_blocks": str(ready.num_blocks),
         "max_model_len": str(ready.max_model_len),
     }
-    return _gauge("vllm:cache_config_info", "The KV cache's layout.", {**labels, **layout}, 1)
+    return gauge("vllm:cache_config_info", "The KV cache's layout.", {**labels, **layout}, 1)
 
 
 def _step_tokens(labels: Labels, counters: EngineStatistics) -> Family:
@@ -163,24 +162,6 @@ def _step_tokens(labels: Labels, counters: EngineStatistics) -> Family:
     samples.append(Sample(f"{name}_count", labels, sum(counters.step_tokens)))
     samples.append(Sample(f"{name}_sum", labels, counters.step_tokens_sum))
     return Family(name, "histogram", "Tokens of a step of the engine.", samples)
-
-
-def _gauge(name: str, help_text: str, labels: Labels, value: float) -> Family:
-    return Family(name, "gauge", help_text, [Sample(name, labels, value)])
-
-
-def _counter(name: str, help_text: str, labels: Labels, value: float) -> Family:
-    return Family(name, "counter", help_text, [Sample(f"{name}_total", labels, value)])
-
-
-def _merged(parts: Iterable[list[Family]]) -> list[Family]:
-    """The same families of several processes, whose samples differ in a label."""
-    merged: dict[str, Family] = {}
-    for part in parts:
-        for family in part:
-            first = merged.setdefault(family.name, Family(family.name, family.kind, family.help, []))
-            first.samples.extend(family.samples)
-    return list(merged.values())
 
 
 def _renamed(family: Family, name: str) -> Family:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import msgspec
 import trio
 
 from llmd.config import SECONDS, ServerConfig
-from llmd.protocol.figures import Family, Sample, ServerFigures
+from llmd.protocol.figures import ServerFigures
+from llmd.server.families import without_gauges
 
 # what a process that is killed can lose of its counts, and how old those of the others are at most
 INTERVAL = 1 * SECONDS
@@ -67,33 +68,6 @@ async def others(config: ServerConfig) -> Others:
         return Others([], 0)
     paths = [_path(config.figures_dir, index) for index in range(config.http.num_frontends) if index != config.index]
     return await trio.to_thread.run_sync(_read_all, paths)
-
-
-def added_up(parts: Iterable[list[Family]]) -> list[Family]:
-    """One family for each name, each of its samples the sum of those with the same labels."""
-    families: dict[str, Family] = {}
-    sums: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-    for part in parts:
-        for family in part:
-            families.setdefault(family.name, family)
-            samples = sums.setdefault(family.name, {})
-            for sample in family.samples:
-                key = (sample.name, tuple(sorted(sample.labels.items())))
-                samples[key] = samples.get(key, 0.0) + sample.value
-    return [
-        Family(
-            family.name,
-            family.kind,
-            family.help,
-            [Sample(name, dict(labels), value) for (name, labels), value in sums[family.name].items()],
-        )
-        for family in families.values()
-    ]
-
-
-def without_gauges(families: list[Family]) -> list[Family]:
-    """What a process had counted, without what was only so at one time."""
-    return [family for family in families if family.kind != "gauge"]
 
 
 def _path(folder: str, index: int) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from llmd.protocol.generation import TokenLogprobs
-from llmd.server.answer import ShownToken
+from llmd.server.choice import ShownToken
 from llmd.server.openai_responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
 from llmd.text.tokenizer import Tokenizer
 

@@ -16,7 +16,8 @@ from llmd.server.app import create_app
 from llmd.server.context import Server, StateBoard
 from llmd.server.engine_client import EngineClient
 from llmd.server.exposition import own_figures
-from llmd.server.figures import leave_figures, left_before, without_gauges
+from llmd.server.families import without_gauges
+from llmd.server.figures import leave_figures, left_before
 from llmd.server.health import stage_of
 from llmd.server.large_memory import return_large_memory
 from llmd.server.metrics import Metrics

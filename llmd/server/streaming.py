@@ -7,7 +7,8 @@ import msgspec
 import trio
 
 from llmd.errors import DeadlineExceeded, EngineFailed
-from llmd.server.answer import Answer, Delta
+from llmd.server.answer import Answer
+from llmd.server.choice import Delta
 from llmd.server.error_handlers import error_body
 from llmd.server.openai_responses import Usage
 from llmd.server.question import Question

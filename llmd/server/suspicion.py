@@ -5,9 +5,11 @@ which two engines died runs alone from then on: so the innocent are cleared one 
 so, it is given up.
 
 Engines also die of something else (`kill -9`), perhaps many times in a row. Therefore nobody is given up unless one of
-its engines died before it had given a token to anybody: who kills engines after some progress convicts no request. What
-does kill engines gets there in the end. It is handed to the next engine before all others and runs alone, so its death
-is the first thing that happens there.
+its engines died before it had given a token to anybody of this server: who kills engines after some progress convicts
+no request. What does kill engines gets there in the end. It is handed to the next engine before all others and runs
+alone, so its death is the first thing that happens there.
+
+What other servers' sequences got does not count: they would keep a request that kills from being given up.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ class Suspicion:
 
     num_engines: int = 0  # that were given the sequence
     num_deaths: int = 0  # of engines that ran it, since its last token
-    has_evidence: bool = False  # one of them had given no token to anybody
+    has_evidence: bool = False  # one of them had given no token to anybody of this server
     # the engine of now has begun to run it; that it was preempted since is not known here
     is_running: bool = False
 
@@ -46,7 +48,7 @@ class Suspicion:
         self.has_evidence = False
 
     def note_death(self, *, had_progress: bool) -> None:
-        """The engine is lost. `had_progress`: it had given somebody a token."""
+        """The engine is lost. `had_progress`: it had given somebody of this server a token."""
         if self.is_running:
             self.is_running = False
             self.num_deaths += 1

@@ -13,7 +13,8 @@ import trio.testing
 from llmd.protocol.control import Stage, SystemState
 from llmd.protocol.framing import encode_frame
 from llmd.protocol.generation import EngineReady, FinishReason, GenerateRequest, SamplingParams, TokenEvent
-from llmd.server.engine_client import EngineClient, Mailbox, SequenceStart
+from llmd.server.engine_client import EngineClient, SequenceStart
+from llmd.server.mailbox import Mailbox
 from llmd.text.tokenizer import Tokenizer
 from tests.server.fake_engine import SOON, Answered, Application, application, parse_events, run
 from tests.server.live import http_request, live_server

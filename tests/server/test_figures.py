@@ -16,7 +16,8 @@ from llmd.protocol.figures import EngineHistory, Family, Sample, ServerFigures
 from llmd.server.context import Server
 from llmd.server.engine_history import heard
 from llmd.server.exposition import own_figures
-from llmd.server.figures import STALE_AFTER, added_up, leave_figures, left_before, others, without_gauges
+from llmd.server.families import added_up, without_gauges
+from llmd.server.figures import STALE_AFTER, leave_figures, left_before, others
 from llmd.server.metrics import Metrics
 from tests.server.live import SOON, until
 from tests.server.test_app import make_server
