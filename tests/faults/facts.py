@@ -29,7 +29,7 @@ class Figures:
     num_running: float = 0
     num_waiting: float = 0
     cache_usage: float = 0
-    num_prompt_tokens: float = 0  # computed by this engine and those before it
+    num_computed_tokens: float = 0  # by this engine and those before it
     num_output_tokens: float = 0  # the same
     num_preemptions: float = 0
     num_aborted: float = 0  # sequences that nobody wanted any more
@@ -44,7 +44,7 @@ _NAMES = {
     "vllm:num_requests_running": "num_running",
     "vllm:num_requests_waiting": "num_waiting",
     "vllm:kv_cache_usage_perc": "cache_usage",
-    "vllm:prompt_tokens_total": "num_prompt_tokens",
+    "vllm:iteration_tokens_total_sum": "num_computed_tokens",
     "vllm:generation_tokens_total": "num_output_tokens",
     "vllm:num_preemptions_total": "num_preemptions",
     "vllm:request_success_total": "num_ended",
