@@ -38,3 +38,19 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in LINK.findall(document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+def test_the_layout_names_every_module_of_the_server() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text[text.index("Inside `server/`") :]
+    modules = {path.stem for path in (ROOT / "llmd" / "server").glob("*.py")} - {"__init__", "__main__"}
+    named = re.findall(r"`(\w+)`", table.partition("\n\n")[2])
+    assert sorted(named) == sorted(modules)
+
+
+def test_the_layout_names_everything_at_the_top() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tree = text[text.index("llmd/\n") :].partition("```")[0]
+    for path in (ROOT / "llmd").iterdir():
+        if not path.name.startswith("_") and path.suffix in ("", ".py"):
+            assert re.search(rf"^  {re.escape(path.name)}\b", tree, re.MULTILINE), path.name
