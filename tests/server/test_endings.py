@@ -29,6 +29,7 @@ READY = EngineReady(max_model_len=512, block_size=16, num_blocks=64, vocab_size=
 REQUESTS = st.integers(0, NUM_REQUESTS - 1)
 MOVES = st.lists(
     st.one_of(
+        st.just(("engine is replaced",)),
         st.sampled_from([("engine comes",), ("engine is ready",), ("engine dies",), ("engine starts all",), ("fail",)]),
         st.tuples(st.sampled_from(["token", "finish", "error"]), REQUESTS, st.integers(0, NUM_SEQUENCES - 1)),
         st.tuples(st.sampled_from(["ask", "leave", "deadline"]), REQUESTS),
@@ -91,6 +92,9 @@ class Story:
                 await self._engine.aclose()
                 self._engine, self._is_ready = None, False
                 self._submitted.clear()
+            case ("engine is replaced",):
+                for name in ("engine dies", "engine comes", "engine is ready"):
+                    await self.move((name,))
             case ("engine starts all",):
                 await self._say(StepEvents(started=list(self._submitted)))
             case ("fail",):
