@@ -79,39 +79,48 @@ class Story:
 
     async def move(self, move: tuple[object, ...]) -> None:
         match move:
-            case ("engine comes",) if self._engine is None:
+            case ("token" | "finish" | "error" as what, int(number), int(index)):
+                await self._end_or_go_on(what, number, index)
+            case (str(what), int(number)):
+                self._move_client(what, number)
+            case ("fail",):
+                self.client.fail_all("hopeless")
+            case ("engine is replaced",):
+                for name in ("engine dies", "engine comes", "engine is ready"):
+                    await self.move((name,))
+            case (str(what),):
+                await self._move_engine(what)
+        await self.settle()
+
+    async def _move_engine(self, what: str) -> None:
+        match what:
+            case "engine comes" if self._engine is None:
                 self._engine, theirs = trio.testing.memory_stream_pair()
                 self._nursery.start_soon(self._listen, self._engine)
                 self._streams.send_nowait(theirs)
                 # it may be waiting to try again
                 self.clock.jump(2)
-            case ("engine is ready",) if self._engine is not None and not self._is_ready:
+            case "engine is ready" if self._engine is not None and not self._is_ready:
                 self._is_ready = True
                 await self._engine.send_all(encode_frame(READY))
-            case ("engine dies",) if self._engine is not None:
+            case "engine dies" if self._engine is not None:
                 await self._engine.aclose()
                 self._engine, self._is_ready = None, False
                 self._submitted.clear()
-            case ("engine is replaced",):
-                for name in ("engine dies", "engine comes", "engine is ready"):
-                    await self.move((name,))
-            case ("engine starts all",):
+            case "engine starts all":
                 await self._say(StepEvents(started=list(self._submitted)))
-            case ("fail",):
-                self.client.fail_all("hopeless")
-            case ("token" | "finish" | "error" as what, int(number), int(index)):
-                await self._end_or_go_on(what, number, index)
-            case ("ask", int(number)) if number not in self.generations:
+
+    def _move_client(self, what: str, number: int) -> None:
+        match what:
+            case "ask" if number not in self.generations:
                 sampling, deadline = SamplingParams(max_tokens=99, seed=0), 1000.0 + number
                 starts = [SequenceStart([number, i], sampling, deadline=deadline) for i in range(NUM_SEQUENCES)]
                 self.generations[number] = self.client.generate(starts)
-            case ("leave", int(number)) if number in self.generations:
+            case "leave" if number in self.generations:
                 self.left.add(number)
                 self.generations[number].__exit__(None, None, None)
-            case ("deadline", int(number)):
-                late = 1000 + number - trio.current_time()
-                self.clock.jump(max(0.0, late))
-        await self.settle()
+            case "deadline":
+                self.clock.jump(max(0.0, 1000 + number - trio.current_time()))
 
     async def _end_or_go_on(self, what: str, number: int, index: int) -> None:
         for request_id, request in list(self._submitted.items()):
