@@ -257,7 +257,7 @@ def _add_door_flags(doors: argparse._ArgumentGroup) -> None:
     doors.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help="the same, one key a line, # for comments; read again when it changes",
+        help="the same, one key a line (lines that begin with # are comments); read again when it changes",
     )
     doors.add_argument(
         "--allowed-origins",

@@ -31,6 +31,7 @@ class SystemState(Struct, frozen=True, kw_only=True):
     progress: float | None = None  # 0 … 1 of this stage, where known
     model_dir: str | None = None  # the resolved safetensors folder, once there is one
     restarts: int = 0  # of the engine, since the start
+    load_seconds: float | None = None  # that the engine's last start took; None before there was one
 
 
 class ChildProgress(Struct, frozen=True, kw_only=True, tag=True):

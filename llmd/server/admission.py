@@ -124,14 +124,14 @@ def overloaded(
         # keys take turns
         num_ahead, whose = min(backlog.num_sequences, max(1, own.num_sequences) * backlog.num_clients), "of your key's"
         bound = (
-            f"{own.num_sequences} sequences with {own.num_tokens} prompt tokens of them have your API key. With this "
-            f"request your key would have more {unit} waiting than it leaves free for others of the limit of {limit}"
+            f"{own.num_sequences} sequences with {own.num_tokens} prompt tokens of them have your API key. A key may "
+            f"have as many {unit} waiting as it leaves free of the limit of {limit}, and this request would exceed that"
         )
     seconds = backlog.seconds_to_begin((num_ahead + 1) // 2, now=now)
     if seconds is None:
         outlook = "None of them has begun lately, so the time it takes is not known."
     else:
-        outlook = f"At the pace of late, half {whose} begin within {max(1, round(seconds))} s."
+        outlook = f"At the present pace, half {whose} begin within {max(1, round(seconds))} s."
     return Overloaded(
         f"The queue is full: {backlog.num_sequences} sequences with {backlog.num_tokens} prompt tokens wait for their "
         f"first token, and {bound}. {outlook} Please try again later.",

@@ -63,7 +63,7 @@ class ApiKeys:
             self._stamp = None
         else:
             if self._stamp is not None or self._problem:
-                _log.warning("--api-key-file %s: read again, %d keys are valid", file, len(self._of_file))
+                _log.warning("--api-key-file %s: read again; keys in it: %d", file, len(self._of_file))
             self._stamp = stamp
             self._problem = ""
 

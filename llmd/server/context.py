@@ -10,6 +10,7 @@ from llmd.config import ServerConfig
 from llmd.errors import Unavailable
 from llmd.protocol.control import Stage, SystemState
 from llmd.protocol.figures import Family
+from llmd.server.admission import MAX_RETRY_AFTER
 from llmd.server.engine_client import EngineClient
 from llmd.server.metrics import Metrics
 from llmd.server.text_threads import TextThreads
@@ -54,6 +55,11 @@ class StateBoard:
         self._current = state
         self._changed.set()
         self._changed = trio.Event()
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which to ask again while the engine is restarted: as many as its last start took."""
+        return min(self._current.load_seconds or 1.0, MAX_RETRY_AFTER)
 
     def restarts_since(self, time: float) -> list[float]:
         """When the engine was restarted after this time, on trio's clock. Of very many, the latest."""

@@ -72,7 +72,10 @@ def admit(server: Server) -> TextModel:
     """The text model, if the engine takes requests. Raises Unavailable, with the reason, if not."""
     text = server.loaded_text()
     if server.engine.ready is None:
-        raise Unavailable("The engine is restarting. Running requests go on after that; please send new ones then.")
+        raise Unavailable(
+            "The engine is restarting. Running requests go on after that; please send new ones then.",
+            retry_after=server.state.retry_after,
+        )
     return text
 
 

@@ -65,6 +65,8 @@ class _Supervisor:
             nursery.start_soon(self._await_signals, nursery.cancel_scope)
             nursery.start_soon(self._unless_hopeless, self._keep_servers, first, nursery.cancel_scope)
             nursery.start_soon(self._unless_hopeless, self._keep_engine_group, first, nursery.cancel_scope)
+        if self._board.draining.is_set():
+            self._board.line("ended")
         return 1 if self._board.current.stage is Stage.FAILED else 0
 
     async def _await_signals(self, everything: trio.CancelScope) -> None:
@@ -77,6 +79,7 @@ class _Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
             async for _ in signals:
                 if self._board.draining.is_set():
+                    self._board.line("a second signal: ending at once")
                     everything.cancel()
                     return
                 self._board.drain()
@@ -195,9 +198,8 @@ class _Supervisor:
                 raise StartupFailed(life.failure)
             if num_failed == _MAX_FAILED_STARTS:
                 raise StartupFailed(life.failure or _never_ready("the engine", num_failed))
-            self._board.engine_lost()
             delay = back_off.next_delay(lived=trio.current_time() - started, was_ready=life.was_ready)
-            self._board.warning(f"{life.end}: starting the engine and its workers again{_after(delay)}")
+            self._board.engine_lost(f"{life.end}: starting the engine and its workers again{_after(delay)}")
             await trio.sleep(delay)
             group = None
 

@@ -4,6 +4,7 @@ Knows stages, not processes.
 """
 
 import logging
+import time
 
 import msgspec
 import trio
@@ -23,6 +24,7 @@ class SystemBoard:
         self._ready_servers: set[int] = set()  # pids of those whose /health says 200
         self._silent: set[str] = set()  # names of those on the engine's side that give no sign of life
         self._announced = False  # that all are ready, since the engine's latest start
+        self._began_loading = time.monotonic()
         self.was_ready = False  # ever: clients may be there
         self.draining = trio.Event()
 
@@ -53,6 +55,7 @@ class SystemBoard:
 
     def fetched(self, model_dir: str) -> None:
         """The model's folder is there."""
+        self._began_loading = time.monotonic()
         if self._is_open():
             self._set(stage=Stage.LOADING, detail="", progress=None)
         self._set(model_dir=model_dir)
@@ -60,7 +63,8 @@ class SystemBoard:
     def engine_ready(self) -> None:
         """The engine works. Each server says for itself when it does, see `server_ready`."""
         if self._is_open():
-            self._set(stage=Stage.READY, detail="", progress=None)
+            load_seconds = time.monotonic() - self._began_loading
+            self._set(stage=Stage.READY, detail="", progress=None, load_seconds=load_seconds)
 
     def engine_silent(self, name: str, silent: bool) -> None:
         """The process of this name, on the engine's side, gives no sign of life, or gives signs again."""
@@ -77,14 +81,16 @@ class SystemBoard:
         else:
             self._set(stage=Stage.READY, detail="")
 
-    def engine_lost(self) -> None:
-        """The engine ended, and is being replaced."""
+    def engine_lost(self, report: str) -> None:
+        """The engine ended, and is being replaced: `report` says how it ended and what follows."""
+        self._terminal.restart(report)
+        self._began_loading = time.monotonic()
         self._ready_servers.clear()
         self._silent.clear()
         self._announced = False
         self._set(restarts=self._state.restarts + 1)
         if self._is_open():
-            self._set(stage=Stage.RESTARTING, detail="the engine is being restarted", progress=None)
+            self._set(stage=Stage.RESTARTING, detail=report, progress=None)
 
     def server_ready(self, pid: int) -> None:
         """The `/health` of this server says 200."""
@@ -104,7 +110,7 @@ class SystemBoard:
     def drain(self) -> None:
         """The operator wants an end."""
         self.draining.set()
-        detail = "draining: running requests finish, new ones are refused"
+        detail = "running requests finish, new ones are refused"
         self._set(stage=Stage.DRAINING, detail=detail, progress=None)
 
     def fail(self, detail: str) -> None:

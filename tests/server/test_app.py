@@ -91,6 +91,17 @@ async def test_request_before_the_model_is_there() -> None:
     assert "downloading model.safetensors" in (await error_of(response))["message"]
 
 
+@trio_test
+async def test_who_comes_during_a_restart_is_told_how_long_the_last_start_took() -> None:
+    server = make_server()
+    server.text = NO_TEXT
+    for load_seconds, told in ((2.5, "3"), (600.0, "60"), (None, "1")):
+        server.state.update(SystemState(stage=Stage.RESTARTING, restarts=1, load_seconds=load_seconds))
+        response = await client_of(server).post("/v1/completions", json={"prompt": "x"})
+        assert (response.status_code, response.headers["retry-after"]) == (503, told)
+        assert "restarting" in (await error_of(response))["message"]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "kind", "param", "code"),
     [

@@ -24,7 +24,9 @@ def test_ready_is_announced_when_all_servers_are(board: SystemBoard, caplog: pyt
     board.progress(LOADING)
     assert (board.current.stage, board.current.progress, board.current.model_dir) == (Stage.LOADING, 0.5, "/model")
     board.engine_ready()
-    assert board.current == SystemState(stage=Stage.READY, model_dir="/model")
+    assert (board.current.stage, board.current.detail, board.current.progress) == (Stage.READY, "", None)
+    # what clients are told to wait for during the next one
+    assert board.current.load_seconds is not None
     board.server_ready(1)
     board.server_lost(1)
     board.server_ready(2)
@@ -32,12 +34,13 @@ def test_ready_is_announced_when_all_servers_are(board: SystemBoard, caplog: pyt
     board.server_ready(3)
     assert "ready after" in caplog.text
     caplog.clear()
-    board.engine_lost()
+    board.engine_lost("worker 7 ended")
     board.engine_ready()
     board.server_ready(2)
-    assert "ready after" not in caplog.text
+    assert "ready again" not in caplog.text
     board.server_ready(3)
-    assert "ready after" in caplog.text
+    assert caplog.messages.count("worker 7 ended") == 1
+    assert "ready again after" in caplog.text
     assert board.current.restarts == 1
 
 
@@ -48,7 +51,7 @@ def test_an_engine_without_a_sign_of_life_is_not_called_ready(board: SystemBoard
     assert "worker 7" in board.current.detail
     board.engine_silent("worker 7", False)
     assert board.current.stage is Stage.READY
-    board.engine_lost()
+    board.engine_lost("worker 7 ended")
     board.engine_silent("worker 7", True)
     assert board.current.stage is Stage.RESTARTING
     board.progress(LOADING)
@@ -78,13 +81,13 @@ def test_a_failure_stays_and_so_does_the_drain(board: SystemBoard) -> None:
     board.engine_ready()
     board.fail("no disk")
     board.fail("a consequence")
-    board.engine_lost()
+    board.engine_lost("worker 7 ended")
     board.engine_ready()
     board.progress(LOADING)
     assert (board.current.stage, board.current.detail) == (Stage.FAILED, "no disk")
     board.drain()
     board.engine_ready()
-    board.engine_lost()
+    board.engine_lost("worker 7 ended")
     assert board.current.stage is Stage.DRAINING
     assert board.draining.is_set()
 
