@@ -59,9 +59,9 @@ class Overloaded(LlmdError):
 
 
 class Unavailable(LlmdError):
-    """Nobody can answer now: loading, draining or failed. `retry_after` in seconds."""
+    """Nobody can answer now: loading, draining or failed. `retry_after` in seconds; None if waiting does not help."""
 
-    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

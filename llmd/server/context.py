@@ -85,7 +85,7 @@ class Server:
         """The text model. Raises Unavailable with the reason while no request may begin."""
         state = self.state.current
         if state.stage is Stage.FAILED:
-            raise Unavailable(f"This server has failed: {state.detail}")
+            raise Unavailable(f"This server has failed: {state.detail}", retry_after=None)
         if state.stage is Stage.DRAINING:
             raise Unavailable("The server is shutting down. Please try again.")
         if self.text is None:

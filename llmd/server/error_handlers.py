@@ -95,7 +95,7 @@ def render(error: BaseException) -> Rendered:
     headers = {}
     if isinstance(error, InvalidApiKey):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, Overloaded | Unavailable):
+    if isinstance(error, Overloaded | Unavailable) and error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, DeadlineExceeded):
         # openai's client sends a 408 again unless it is told not to, and no longer wants the answer by now

@@ -88,9 +88,11 @@ class SystemBoard:
         self._ready_servers.clear()
         self._silent.clear()
         self._announced = False
-        self._set(restarts=self._state.restarts + 1)
+        restarts = self._state.restarts + 1
         if self._is_open():
-            self._set(stage=Stage.RESTARTING, detail=report, progress=None)
+            self._set(stage=Stage.RESTARTING, detail=report, progress=None, restarts=restarts)
+        else:
+            self._set(restarts=restarts)
 
     def server_ready(self, pid: int) -> None:
         """The `/health` of this server says 200."""
