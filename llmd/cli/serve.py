@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from llmd import __version__
-from llmd.cli.flags import DEFAULT_HOST, DEFAULT_PORT
+from llmd.cli.serving_flags import DEFAULT_HOST, DEFAULT_PORT
 from llmd.config import HttpConfig
 from llmd.errors import StartupFailed
 from llmd.supervisor.processes import END_SIGNALS, listen_tcp

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llmd.cli.flags import build_parser, byte_count, token_count, with_config_file
+from llmd.cli.flags import build_parser, with_config_file
 from llmd.cli.resolve import resolve
+from llmd.cli.serving_flags import byte_count, token_count
 from llmd.config import Config, LogConfig
 from llmd.errors import StartupFailed
 from tests.server.certificates import make_certificates
@@ -211,7 +212,7 @@ def test_help_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["serve", "--help"])
     text = capsys.readouterr().out
-    groups = ("model", "device and memory", "scheduling", "HTTP", "keys and browsers", "logs and tracing", "TLS")
+    groups = ("model", "device and memory", "scheduling", "HTTP", "keys and browsers", "TLS", "ends and hangs")
     assert all(f"\n{group}:\n" in text for group in groups)
 
 

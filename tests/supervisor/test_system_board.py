@@ -70,7 +70,7 @@ def test_one_of_two_that_were_silent_is_not_enough(board: SystemBoard) -> None:
     assert board.current.stage is Stage.READY
     # who was silent and is gone does not count against the next engine
     board.engine_silent("worker 7", True)
-    board.engine_lost()
+    board.engine_lost("worker 7 ended")
     board.engine_ready()
     board.engine_silent("worker 9", True)
     board.engine_silent("worker 9", False)
