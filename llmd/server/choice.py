@@ -11,7 +11,6 @@ from llmd.errors import EngineFailed
 from llmd.protocol.generation import FinishReason, TokenEvent, TokenLogprobs
 from llmd.server.context import TextModel
 from llmd.server.openai_responses import AnswerFinish
-from llmd.server.openai_types import CompletionRequest
 from llmd.server.parameters import stop_strings
 from llmd.server.question import Question
 from llmd.text.output import TextOutput
@@ -65,11 +64,9 @@ class Choice:
         self.ended_by: str | None = None
         self.last_event_at: float | None = None
         self.first_token_seconds: float | None = None
-        self._tokenizer = text.tokenizer
         self._request = question.request
-        self._echoes = isinstance(question.request, CompletionRequest) and question.request.echo
         self._is_first = True
-        self._num_echoed_characters = 0
+        self._echo = self.prompt.echo.text if self.prompt.echo is not None else ""
         self._output = TextOutput(
             text.tokenizer,
             prompt_token_ids=self.prompt.token_ids,
@@ -85,16 +82,16 @@ class Choice:
         if event.finish is FinishReason.ERROR:
             raise EngineFailed(event.error or "The engine could not finish this request.")
         is_first, self._is_first = self._is_first, False
-        echo, echoed_tokens = self._echo(event.prompt_logprobs) if is_first and self._echoes else ("", [])
+        echoed_tokens = self._echoed_tokens(event.prompt_logprobs) if is_first else []
         new = self._output.push(event.token_ids, finish=event.finish)
         token_ids = event.token_ids[: new.num_tokens]
-        offsets = [self._num_echoed_characters + offset for offset in new.text_offsets]
+        offsets = [len(self._echo) + offset for offset in new.text_offsets]
         # strict is off: tokens behind a stop string have log-probabilities too, and the lists end where the text does
         tokens = [ShownToken(*shown) for shown in zip(token_ids, offsets, event.logprobs, strict=False)]
         self.num_tokens += new.num_tokens
         self.num_cached_tokens = event.num_cached_tokens or self.num_cached_tokens
         self.is_finished = new.finish_reason is not None
-        text = echo + new.text
+        text = self._echo + new.text if is_first else new.text
         if not (is_first or text or tokens or self.is_finished or (token_ids and self._request.return_token_ids)):
             return None
         return Delta(
@@ -107,20 +104,10 @@ class Choice:
             stop_reason=new.stop_reason,
         )
 
-    def _echo(self, prompt_logprobs: list[TokenLogprobs] | None) -> tuple[str, list[ShownToken]]:
-        """The prompt as the beginning of the answer, and its tokens if log-probabilities are asked.
-
-        A prompt that came as text is given back as it came; what the tokenizer put in front of it has no place there.
-        """
-        token_ids, given = self.prompt.token_ids, self.prompt.text
-        skip_special_tokens = given is None and self._request.skip_special_tokens
-        output = TextOutput(self._tokenizer, prompt_token_ids=(), skip_special_tokens=skip_special_tokens)
-        decoded = output.push(token_ids, finish=FinishReason.LENGTH)
-        text = decoded.text if given is None else given
-        self._num_echoed_characters = len(text)
-        if prompt_logprobs is None:
-            return text, []
-        num_in_front = max(0, len(decoded.text) - len(text))
-        offsets = [max(0, offset - num_in_front) for offset in decoded.text_offsets]
+    def _echoed_tokens(self, prompt_logprobs: list[TokenLogprobs] | None) -> list[ShownToken]:
+        """The prompt's tokens, as far as their log-probabilities are asked."""
+        if prompt_logprobs is None or self.prompt.echo is None:
+            return []
         logprobs = [None, *prompt_logprobs]
-        return text, [ShownToken(*shown) for shown in zip(token_ids, offsets, logprobs, strict=True)]
+        echoed = zip(self.prompt.token_ids, self.prompt.echo.offsets, logprobs, strict=True)
+        return [ShownToken(*shown) for shown in echoed]

@@ -12,6 +12,7 @@ from llmd.server.access_log import log_request
 from llmd.server.answer import begin, collect
 from llmd.server.choice import Delta
 from llmd.server.context import Server, TextModel
+from llmd.server.echo import with_echoes
 from llmd.server.logprobs import completion_logprobs
 from llmd.server.openai_responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from llmd.server.openai_types import CompletionRequest
@@ -33,7 +34,7 @@ async def completions(server: Server) -> Response:
     check_model(request.model, server.config.model.served_names)
     text = admit(server)
     check_ranges(request, vocab_size=text.vocab_size, max_logprobs=server.config.http.max_logprobs)
-    prompts = await _prompts(text, request)
+    prompts = await with_echoes(text, request, await _prompts(text, request))
     question = ask(server, request, prompts, id_prefix="cmpl", arrived=arrived)
     view = _CompletionView(question, request, text)
     log_request(server.config.log, question)

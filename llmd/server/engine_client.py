@@ -5,7 +5,7 @@ not know HTTP, text or metrics.
 """
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
@@ -23,6 +23,7 @@ from llmd.protocol.generation import (
     FinishReason,
     GenerateRequest,
     SamplingParams,
+    ServerToEngine,
     StepEvents,
     TokenEvent,
 )
@@ -35,6 +36,8 @@ Connect = Callable[[str], Awaitable[trio.abc.Stream]]
 
 FIRST_RETRY = 0.05  # seconds
 LAST_RETRY = 1.0
+# bytes that are encoded before others get their turn: 128 choices of a long prompt make 70 MB
+MAX_WRITE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ class EngineClient:
         # never used twice, so what a dead engine still says is nobody's
         self._request_ids = count()
         self._open: dict[int, _OpenSequence] = {}
-        self._outbox: Mailbox[bytes] = Mailbox()
+        self._outbox: Mailbox[ServerToEngine] = Mailbox()
         self._became_ready = trio.Event()
         self._had_progress = False  # the engine of now has given somebody a token, or an end that needs none
         self.num_resumed = 0  # sequences handed to one more engine
@@ -214,10 +217,11 @@ class EngineClient:
             self._note_death()
         return was_ready
 
-    async def _write(self, stream: trio.abc.SendStream, outbox: Mailbox[bytes]) -> None:
+    async def _write(self, stream: trio.abc.SendStream, outbox: Mailbox[ServerToEngine]) -> None:
         try:
             while True:
-                await stream.send_all(b"".join(await outbox.take()))
+                for data in _encoded(await outbox.take()):
+                    await stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return  # the reader sees it too, and ends the conversation
 
@@ -258,7 +262,7 @@ class EngineClient:
         if self.ready is not None:
             self.num_resumed += sequence.suspicion.num_engines > 0
             sequence.suspicion.note_submitted()
-            self._outbox.put(encode_frame(sequence.request()))
+            self._outbox.put(sequence.request())
 
     def _note_started(self, request_id: int) -> None:
         if sequence := self._open.get(request_id):
@@ -302,4 +306,16 @@ class EngineClient:
     def _close(self, sequence: _OpenSequence) -> None:
         self._leave_backlog(sequence)
         if self._open.pop(sequence.request_id, None) is not None and self.ready is not None:
-            self._outbox.put(encode_frame(CancelRequest(sequence.request_id)))
+            self._outbox.put(CancelRequest(sequence.request_id))
+
+
+def _encoded(messages: Iterable[ServerToEngine]) -> Iterator[bytes]:
+    """Frames, small ones together, each as late as it is wanted."""
+    data = bytearray()
+    for message in messages:
+        data += encode_frame(message)
+        if len(data) >= MAX_WRITE:
+            yield bytes(data)
+            data.clear()
+    if data:
+        yield bytes(data)

@@ -23,9 +23,18 @@ from llmd.server.request_headers import client_identity, header_timeout
 
 
 @dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt as the beginning of each of its answers."""
+
+    text: str
+    offsets: list[int]  # for each token: characters of `text` before it; empty unless log-probabilities are asked
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     token_ids: list[int]
     text: str | None = None  # as the client gave it; None where it came as tokens or as messages
+    echo: Echo | None = None  # None = not asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

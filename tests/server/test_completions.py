@@ -1,12 +1,15 @@
 """/v1/completions: shapes, kinds of prompts, echo, the older log-probabilities, and stream against whole."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from openai.types import Completion
 
+from llmd.text.detokenizer import Detokenizer
 from tests.server.fake_engine import ANSWER, application, run, say
 
 
@@ -103,6 +106,34 @@ def test_echo_gives_the_prompt_back(
             assert streamed == reported
 
     run(main)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "logprobs", "num_decoded"),
+    [("a" * 6000, None, 0), ("a" * 6000, 0, 6000), ([65] * 6000, None, 6000), ([[65] * 3000] * 2, 0, 6000)],
+)
+def test_an_echo_is_decoded_once_a_prompt_and_beside_the_event_loop(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, prompt: object, logprobs: int | None, num_decoded: int
+) -> None:
+    """It was decoded in the event loop, once for each of up to 128 choices, even where the text was given."""
+    num_pushed: Counter[bool] = Counter()  # by whether it was in the event loop
+    push = Detokenizer.push
+
+    def counting(detokenizer: Detokenizer, token_id: int) -> str:
+        num_pushed[trio.lowlevel.in_trio_run()] += 1
+        return push(detokenizer, token_id)
+
+    async def main() -> None:
+        async with application(tiny_model_dir, script=say("xyz!"), max_model_len=8192) as app:
+            monkeypatch.setattr(Detokenizer, "push", counting)
+            answer = await app.complete(prompt, echo=True, logprobs=logprobs, n=8, max_tokens=2)
+            for choice in answer["choices"]:
+                assert len(choice["text"]) == (3002 if isinstance(prompt, list) and len(prompt) == 2 else 6002)
+                assert choice["text"].endswith("xy")
+
+    run(main, uses_threads=True)
+    num_choices = 16 if isinstance(prompt, list) and len(prompt) == 2 else 8
+    assert (num_pushed[False], num_pushed[True]) == (num_decoded, 2 * num_choices)
 
 
 def test_bytes_of_a_split_character_are_spelled_as_openai_does(tiny_model_dir: Path) -> None:
