@@ -14,7 +14,7 @@ from llmd.supervisor.terminal import Terminal
 
 
 class SystemBoard:
-    """The latest `SystemState`. Draining is never taken back, and of a failure only draining is news."""
+    """The latest `SystemState`. A drain may still become a failure; after a failure, only a drain is news."""
 
     def __init__(self, state: SystemState, *, num_servers: int, terminal: Terminal) -> None:
         self._state = state
