@@ -49,13 +49,14 @@ async def stream(answer: Answer, question: Question, chunks: Chunks, send: Send,
             while not answer.is_over:
                 deltas = await answer.deltas(until=silent_until)
                 usage = answer.usage() if usage_everywhere else None
+                now = trio.current_time()
                 if deltas:
                     await send(b"".join([chunks.chunk(delta, usage) for delta in deltas]))
-                elif trio.current_time() >= silent_until:
+                elif now >= silent_until:
                     await send(KEEP_ALIVE)
                 else:
                     continue
-                silent_until = trio.current_time() + (keep_alive or math.inf)
+                silent_until = now + (keep_alive or math.inf)
             ending = chunks.usage_chunk(answer.usage()) if include_usage else b""
         await send(ending + DONE)
     except (EngineFailed, DeadlineExceeded) as error:
