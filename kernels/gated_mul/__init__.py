@@ -4,9 +4,14 @@ from typing import Literal
 
 from torch import Tensor
 
+from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.gated_mul import torch_ops
 
 
 def gated_mul(gate_up: Tensor, activation: Literal["silu", "gelu_tanh", "gelu"]) -> Tensor:
     """gate_up [T, 2·I] (gate, then up) → [T, I] in its dtype: activation(gate) · up, computed in float32 at least."""
+    if uses_triton(gate_up):
+        from llmd_kernels.gated_mul import triton_ops
+
+        return triton_ops.gated_mul(gate_up, activation)
     return torch_ops.gated_mul(gate_up, activation)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.rms_norm import torch_ops
 
 
@@ -10,4 +11,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
 
     Computed in float32 at least. Gemma stores its weights minus one: weight_offset 1.
     """
+    if uses_triton(x, weight):
+        from llmd_kernels.rms_norm import triton_ops
+
+        return triton_ops.rms_norm(x, weight, eps, weight_offset=weight_offset)
     return torch_ops.rms_norm(x, weight, eps, weight_offset=weight_offset)

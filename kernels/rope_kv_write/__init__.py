@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.rope_kv_write import torch_ops
 
 
@@ -31,7 +32,13 @@ def rope_kv_write(
     (i, rot_dim/2 + i).
     q_norm, k_norm [D] or None: weights of an RMS norm of each head, before the rotation.
     """
-    return torch_ops.rope_kv_write(
+    if uses_triton(qkv, k_cache, v_cache):
+        from llmd_kernels.rope_kv_write import triton_ops
+
+        rope_kv_write_here = triton_ops.rope_kv_write
+    else:
+        rope_kv_write_here = torch_ops.rope_kv_write
+    return rope_kv_write_here(
         qkv,
         positions=positions,
         slots=slots,

@@ -24,7 +24,7 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]
 
     def __init__(self, memory: Memory, *, check_overflow: bool) -> None:
         super().__init__()
-        self.options = replace(self.options, sanitize_overflow=check_overflow)
+        self.options = replace(self.options, sanitize_overflow=check_overflow, debug=check_overflow)
         self.memory = memory
 
     def set_grid_idx(self, x: int, y: int, z: int) -> None:
@@ -96,7 +96,7 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         return self.unary_op(arg, stock.np_erf_fp64 if arg.dtype.scalar == tl.float64 else stock.np_erf_fp32)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *_: Any) -> TensorHandle:
-        """Products and sums in float32 at least (tf32 too, which the hardware cuts to 10 bits), in the order of BLAS."""
+        """Products and sums in float32 at least (tf32 too, which the hardware cuts to 10 bits)."""
         wide_a, wide_b = widen(a.data, a.dtype), widen(b.data, b.dtype)
         if wide_a.dtype == np.float16:
             wide_a, wide_b = wide_a.astype(np.float32), wide_b.astype(np.float32)

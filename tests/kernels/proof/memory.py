@@ -140,7 +140,9 @@ class Memory:
         region.writer[units], region.written_at[units] = me, now
         region.stored += num_bytes
 
-    def _check_order(self, access: Access, past: str, region: Region, units: Any, who: IntArray, when: IntArray) -> None:
+    def _check_order(
+        self, access: Access, past: str, region: Region, units: Any, who: IntArray, when: IntArray
+    ) -> None:
         others, clocks = who[units], when[units]
         racing = (others != NOBODY) & (others != self.program) & ~self._is_seen(others, clocks)
         if racing.any():

@@ -1,4 +1,4 @@
-"""Numbers that numpy has no type for: bfloat16 and float8, kept as unsigned integers as Triton's interpreter keeps them.
+"""Numbers that numpy has no type for: bfloat16 and float8, kept as integers as Triton's interpreter keeps them.
 
 Rounds as the hardware does: to nearest, ties to even; float8 saturates (PTX `cvt.rn.satfinite`).
 """

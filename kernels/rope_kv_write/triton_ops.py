@@ -1,0 +1,221 @@
+"""`rope_kv_write` in Triton: one launch reads each head once, norms and turns it, and writes it where it goes.
+
+A program takes some heads of one kind (Q, K or V) of one token. A head is read as two halves of its pairs and, where
+the rotation is partial, the rest; its norm is one fixed tree over them. Bits depend on the head's own numbers alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Numbers of a program: eight a thread of four warps.
+NUMBERS_PER_PROGRAM = 1024
+NUM_WARPS = 4
+
+
+def rope_kv_write(
+    qkv: Tensor,
+    *,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    cos_sin: Tensor | None,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_weight_offset: float = 0.0,
+) -> Tensor:
+    """Computed in float32, each output rounded once. The caches have the same strides, each head's numbers together."""
+    num_tokens, block_size, head_dim = qkv.shape[0], k_cache.shape[2], k_cache.shape[3]
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1:
+        raise ValueError(
+            f"caches must be laid out alike, a head's numbers together: strides {k_cache.stride()}"
+            f" and {v_cache.stride()}"
+        )
+    if qkv.stride(1) != 1:
+        qkv = qkv.contiguous()
+    q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if num_tokens:
+        rot_dim = 0 if cos_sin is None else cos_sin.shape[1]
+        heads = max(1, NUMBERS_PER_PROGRAM // triton.next_power_of_2(head_dim))
+        heads = min(heads, triton.next_power_of_2(max(num_heads, num_kv_heads)))
+        q_programs, kv_programs = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
+        rope_kv_write_kernel[(num_tokens, q_programs + 2 * kv_programs)](
+            qkv,
+            q,
+            k_cache,
+            v_cache,
+            positions,
+            slots,
+            cos_sin,
+            q_norm,
+            k_norm,
+            norm_eps,
+            norm_weight_offset,
+            qkv.stride(0),
+            0 if cos_sin is None else cos_sin.stride(0),
+            k_cache.stride(0),
+            k_cache.stride(1),
+            k_cache.stride(2),
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            ROT_DIM=rot_dim,
+            BLOCK_SIZE=block_size,
+            INTERLEAVED=interleaved,
+            HEADS=heads,
+            PAIRS=triton.next_power_of_2(max(rot_dim // 2, 1)),
+            REST=triton.next_power_of_2(max(head_dim - rot_dim, 1)),
+            WHOLE=triton.next_power_of_2(head_dim),
+            num_warps=NUM_WARPS,
+        )
+    return q
+
+
+@triton.jit
+def rope_kv_write_kernel(
+    qkv,
+    q,
+    k_cache,
+    v_cache,
+    positions,
+    slots,
+    cos_sin,
+    q_norm,
+    k_norm,
+    eps,
+    weight_offset,
+    qkv_stride,
+    cos_sin_stride,
+    block_stride,
+    head_stride,
+    slot_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROT_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Grid: (tokens, programs of Q's heads, then of K's, then of V's)."""
+    Q_PROGRAMS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KV_PROGRAMS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    row = qkv + token * qkv_stride
+    lanes = tl.arange(0, HEADS)[:, None]
+    if part < Q_PROGRAMS:
+        heads = part * HEADS + lanes
+        write_heads(
+            row + heads * HEAD_DIM,
+            q + (token * NUM_HEADS + heads) * HEAD_DIM,
+            heads < NUM_HEADS,
+            cos_sin,
+            positions + token,
+            cos_sin_stride,
+            q_norm,
+            eps,
+            weight_offset,
+            HEAD_DIM,
+            ROT_DIM,
+            INTERLEAVED,
+            PAIRS,
+            REST,
+        )
+    else:
+        slot = tl.load(slots + token)
+        place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
+        if part < Q_PROGRAMS + KV_PROGRAMS:
+            heads = (part - Q_PROGRAMS) * HEADS + lanes
+            write_heads(
+                row + (NUM_HEADS + heads) * HEAD_DIM,
+                k_cache + place + heads * head_stride,
+                heads < NUM_KV_HEADS,
+                cos_sin,
+                positions + token,
+                cos_sin_stride,
+                k_norm,
+                eps,
+                weight_offset,
+                HEAD_DIM,
+                ROT_DIM,
+                INTERLEAVED,
+                PAIRS,
+                REST,
+            )
+        else:
+            heads = (part - Q_PROGRAMS - KV_PROGRAMS) * HEADS + lanes
+            columns = tl.arange(0, WHOLE)[None, :]
+            mask = (heads < NUM_KV_HEADS) & (columns < HEAD_DIM)
+            v = tl.load(row + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM + columns, mask=mask)
+            tl.store(v_cache + place + heads * head_stride + columns, v.to(v_cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def write_heads(
+    source,
+    target,
+    is_head,
+    cos_sin,
+    position,
+    cos_sin_stride,
+    norm,
+    eps,
+    weight_offset,
+    HEAD_DIM: tl.constexpr,
+    ROT_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """source, target, is_head [HEADS, 1]: read each head, norm it (if `norm` is given), turn it, write it."""
+    pairs = tl.arange(0, PAIRS)[None, :]
+    pair_mask = is_head & (pairs < ROT_DIM // 2)
+    rest = ROT_DIM + tl.arange(0, REST)[None, :]
+    rest_mask = is_head & (rest < HEAD_DIM)
+    first_columns = 2 * pairs if INTERLEAVED else pairs
+    second_columns = 2 * pairs + 1 if INTERLEAVED else pairs + ROT_DIM // 2
+    if ROT_DIM > 0:
+        first = tl.load(source + first_columns, mask=pair_mask, other=0.0).to(tl.float32)
+        second = tl.load(source + second_columns, mask=pair_mask, other=0.0).to(tl.float32)
+    if ROT_DIM < HEAD_DIM:
+        others = tl.load(source + rest, mask=rest_mask, other=0.0).to(tl.float32)
+
+    if norm is not None:
+        if ROT_DIM == HEAD_DIM:
+            squares = tl.sum(first * first + second * second, axis=1)
+        elif ROT_DIM == 0:
+            squares = tl.sum(others * others, axis=1)
+        else:
+            squares = tl.sum(first * first + second * second, axis=1) + tl.sum(others * others, axis=1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        if ROT_DIM > 0:
+            first *= scale * factors(norm, first_columns, pairs < ROT_DIM // 2, weight_offset)
+            second *= scale * factors(norm, second_columns, pairs < ROT_DIM // 2, weight_offset)
+        if ROT_DIM < HEAD_DIM:
+            others *= scale * factors(norm, rest, rest < HEAD_DIM, weight_offset)
+
+    dtype: tl.constexpr = target.dtype.element_ty
+    if ROT_DIM > 0:
+        angles = cos_sin + tl.load(position) * cos_sin_stride
+        cos = tl.load(angles + pairs, mask=pairs < ROT_DIM // 2, other=0.0).to(tl.float32)
+        sin = tl.load(angles + ROT_DIM // 2 + pairs, mask=pairs < ROT_DIM // 2, other=0.0).to(tl.float32)
+        tl.store(target + first_columns, (first * cos - second * sin).to(dtype), mask=pair_mask)
+        tl.store(target + second_columns, (second * cos + first * sin).to(dtype), mask=pair_mask)
+    if ROT_DIM < HEAD_DIM:
+        tl.store(target + rest, others.to(dtype), mask=rest_mask)
+
+
+@triton.jit
+def factors(norm, columns, mask, weight_offset):
+    """The norm's weights of these columns, float32."""
+    return tl.load(norm + columns, mask=mask, other=0.0).to(tl.float32) + weight_offset
