@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers of a program: eight a thread of four warps.
+# Numbers of a program: each thread of its two warps holds eight of each half, one load of 16 bytes.
 NUMBERS_PER_PROGRAM = 1024
-NUM_WARPS = 4
+NUM_WARPS = 2
 
 
 def rope_kv_write(
@@ -178,15 +178,10 @@ def write_heads(
     REST: tl.constexpr,
 ):
     """source, target, is_head [HEADS, 1]: read each head, norm it (if `norm` is given), turn it, write it."""
-    pairs = tl.arange(0, PAIRS)[None, :]
-    pair_mask = is_head & (pairs < ROT_DIM // 2)
     rest = ROT_DIM + tl.arange(0, REST)[None, :]
     rest_mask = is_head & (rest < HEAD_DIM)
-    first_columns = 2 * pairs if INTERLEAVED else pairs
-    second_columns = 2 * pairs + 1 if INTERLEAVED else pairs + ROT_DIM // 2
     if ROT_DIM > 0:
-        first = tl.load(source + first_columns, mask=pair_mask, other=0.0).to(tl.float32)
-        second = tl.load(source + second_columns, mask=pair_mask, other=0.0).to(tl.float32)
+        first, second = load_pairs(source, is_head, ROT_DIM, INTERLEAVED, PAIRS)
     if ROT_DIM < HEAD_DIM:
         others = tl.load(source + rest, mask=rest_mask, other=0.0).to(tl.float32)
 
@@ -199,23 +194,50 @@ def write_heads(
             squares = tl.sum(first * first + second * second, axis=1) + tl.sum(others * others, axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
         if ROT_DIM > 0:
-            first *= scale * factors(norm, first_columns, pairs < ROT_DIM // 2, weight_offset)
-            second *= scale * factors(norm, second_columns, pairs < ROT_DIM // 2, weight_offset)
+            one = tl.full([1, 1], 1, tl.int1)
+            first_weight, second_weight = load_pairs(norm, one, ROT_DIM, INTERLEAVED, PAIRS)
+            first *= scale * (first_weight + weight_offset)
+            second *= scale * (second_weight + weight_offset)
         if ROT_DIM < HEAD_DIM:
-            others *= scale * factors(norm, rest, rest < HEAD_DIM, weight_offset)
+            weight = tl.load(norm + rest, mask=rest < HEAD_DIM, other=0.0).to(tl.float32)
+            others *= scale * (weight + weight_offset)
 
-    dtype: tl.constexpr = target.dtype.element_ty
     if ROT_DIM > 0:
         angles = cos_sin + tl.load(position) * cos_sin_stride
+        pairs = tl.arange(0, PAIRS)[None, :]
         cos = tl.load(angles + pairs, mask=pairs < ROT_DIM // 2, other=0.0).to(tl.float32)
         sin = tl.load(angles + ROT_DIM // 2 + pairs, mask=pairs < ROT_DIM // 2, other=0.0).to(tl.float32)
-        tl.store(target + first_columns, (first * cos - second * sin).to(dtype), mask=pair_mask)
-        tl.store(target + second_columns, (second * cos + first * sin).to(dtype), mask=pair_mask)
+        turned_first, turned_second = first * cos - second * sin, second * cos + first * sin
+        store_pairs(target, is_head, turned_first, turned_second, ROT_DIM, INTERLEAVED, PAIRS)
     if ROT_DIM < HEAD_DIM:
-        tl.store(target + rest, others.to(dtype), mask=rest_mask)
+        tl.store(target + rest, others.to(target.dtype.element_ty), mask=rest_mask)
 
 
 @triton.jit
-def factors(norm, columns, mask, weight_offset):
-    """The norm's weights of these columns, float32."""
-    return tl.load(norm + columns, mask=mask, other=0.0).to(tl.float32) + weight_offset
+def load_pairs(source, is_head, ROT_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """The first and the second entry of each pair, float32 [HEADS, PAIRS]; neighbours are read together."""
+    if INTERLEAVED:
+        columns = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.load(source + columns, mask=is_head & (columns < ROT_DIM), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, [both.shape[0], PAIRS, 2]))
+    else:
+        columns = tl.arange(0, PAIRS)[None, :]
+        mask = is_head & (columns < ROT_DIM // 2)
+        first = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(source + ROT_DIM // 2 + columns, mask=mask, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def store_pairs(target, is_head, first, second, ROT_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """What `load_pairs` reads, written."""
+    dtype: tl.constexpr = target.dtype.element_ty
+    if INTERLEAVED:
+        columns = tl.arange(0, 2 * PAIRS)[None, :]
+        both = tl.reshape(tl.join(first, second), [first.shape[0], 2 * PAIRS])
+        tl.store(target + columns, both.to(dtype), mask=is_head & (columns < ROT_DIM))
+    else:
+        columns = tl.arange(0, PAIRS)[None, :]
+        mask = is_head & (columns < ROT_DIM // 2)
+        tl.store(target + columns, first.to(dtype), mask=mask)
+        tl.store(target + ROT_DIM // 2 + columns, second.to(dtype), mask=mask)

@@ -50,7 +50,7 @@ class Configuration:
 
     name: str
     call: Callable[[], Any]
-    # The least part of loaded bytes that comes in 16-byte loads (in loops, if there are any).
+    # The least part of loaded bytes that comes in wide loads, see `Listing.vector_share`.
     vector_share: float = 0.9
     # For each architecture what the name of a matrix instruction must begin with.
     matrix: Mapping[str, str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Outcome:
 
 def check_case(proof: Proof, case: Case, *, shuffle: int | None = 1) -> Outcome:
     """Raises AssertionError, OutOfBounds or Race."""
-    given = _copied(case.arguments, lambda tensor: tensor.clone())
+    given = _copied(case.arguments, _same_layout)
     with interpreted(shuffle=shuffle, check_overflow=True) as launches:
         results = _results(proof.operation(**given), given, case.in_place)
     exact = _copied(case.arguments, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
@@ -121,6 +121,12 @@ def _run(rows: Rows, ids: Tensor, shuffle: int | None = None) -> tuple[Tensor, .
 
 def _copied(arguments: Mapping[str, Any], copy: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return {name: copy(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def _same_layout(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, and the same numbers between its own."""
+    storage = tensor.untyped_storage().clone()
+    return tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _results(returned: Tensor | tuple[Tensor, ...], arguments: dict[str, Any], in_place: Sequence[str]) -> list[Tensor]:

@@ -1,0 +1,69 @@
+"""Compile Triton kernels for GPUs that are not here, exactly as a launch on them would.
+
+Inside of `compiled_for(arch)` launching a kernel compiles it, with the specialization that Triton itself derives from
+the arguments, and runs nothing. Tensors need no memory (device "meta"). Triton's own cache makes a second time quick.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel for one architecture: `code` is a cubin for NVIDIA's, text for AMD's."""
+
+    kernel: str
+    arch: str
+    code: bytes
+    num_warps: int
+    shared_bytes: int
+
+
+@contextmanager
+def compiled_for(arch: str) -> Iterator[list[Compiled]]:
+    """Yields the list of kernels that were launched inside, compiled; it grows."""
+    compiled: list[Compiled] = []
+    real_run = JITFunction.run
+
+    def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
+        binary = real_run(kernel, *args, grid=grid, warmup=True, **options)
+        code = binary.asm["cubin"] if arch.startswith("sm_") else binary.asm["amdgcn"].encode()
+        compiled.append(Compiled(kernel.fn.__name__, arch, code, binary.metadata.num_warps, binary.metadata.shared))
+
+    real_driver = driver._active
+    JITFunction.run = run  # type: ignore[method-assign]
+    driver.set_active(_AbsentGpu(arch))
+    try:
+        yield compiled
+    finally:
+        driver._active = real_driver
+        JITFunction.run = real_run  # type: ignore[method-assign]
+
+
+class _AbsentGpu:
+    """What Triton asks a driver before it compiles."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.arch]
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device: str) -> int:
+        return 0

@@ -1,0 +1,43 @@
+"""What machine code must be like before a configuration ships."""
+
+from dataclasses import dataclass
+
+from tests.kernels.proof.binary import Listing, listing
+from tests.kernels.proof.checks import Configuration
+from tests.kernels.proof.compiler import Compiled, compiled_for
+
+# Shared memory that one program can have, bytes (CUDA programming guide, table of technical specifications; CDNA3 ISA).
+SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A compiled kernel and its listing, for the table."""
+
+    compiled: Compiled
+    listing: Listing
+
+
+def check_configuration(configuration: Configuration, arch: str) -> list[Passed]:
+    """Compile each kernel that the configuration launches; raises AssertionError for what must not ship."""
+    with compiled_for(arch) as kernels:
+        configuration.call()
+    assert kernels, f"{configuration.name} launches nothing"
+    passed = [Passed(compiled, listing(compiled)) for compiled in kernels]
+    for kernel in passed:
+        fault = _fault(configuration, kernel.compiled, kernel.listing)
+        assert not fault, f"{kernel.compiled.kernel} ({configuration.name}) on {arch}: {fault}"
+    return passed
+
+
+def _fault(configuration: Configuration, compiled: Compiled, code: Listing) -> str:
+    if code.spilled:
+        return f"{code.spilled} bytes are spilled ({code.registers} registers)"
+    if compiled.shared_bytes > SHARED_LIMITS[compiled.arch]:
+        return f"{compiled.shared_bytes} bytes of shared memory, at most {SHARED_LIMITS[compiled.arch]}"
+    if code.vector_share < configuration.vector_share:
+        return f"only {code.vector_share:.0%} of loaded bytes come in wide loads: {code.loads}"
+    expected = configuration.matrix.get(compiled.arch)
+    if expected and not any(name.startswith(expected) for name in code.matrix):
+        return f"no {expected} instruction, only {code.matrix or 'none'}"
+    return ""

@@ -1,0 +1,97 @@
+"""Faults planted into the real kernels: their proofs must find every one, or they prove nothing."""
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.proof.checks import Case, Proof, check_case
+from tests.kernels.proof.memory import OutOfBounds, Race
+from tests.kernels.proof.registry import PROOFS
+
+Fault = tuple[str, str, str]
+
+FAULTS: dict[str, list[Fault]] = {
+    "rms_norm": [
+        ("mask of rows missing", "(rows < num_rows) & (columns < HIDDEN)", "columns < HIDDEN"),
+        ("mask of columns missing", "(rows < num_rows) & (columns < HIDDEN)", "(rows < num_rows) & (columns < BLOCK)"),
+        ("mean over the padded row", "/ HIDDEN + eps", "/ columns.shape[1] + eps"),
+        ("sum of bfloat16 squares", "tl.sum(wide * wide", "tl.sum((wide * wide).to(tl.bfloat16).to(tl.float32)"),
+        ("stride forgotten", "rows * x_stride", "rows * HIDDEN"),
+        ("rows overlap", "* ROWS + tl", "* (ROWS - ROWS // 2) + tl"),
+        ("last row forgotten", "rows < num_rows", "rows < num_rows - 1"),
+        ("offset of weights forgotten", ".to(tl.float32) + weight_offset", ".to(tl.float32)"),
+        ("row read twice", "normed = normalized(wide,", "normed = normalized(tl.load(x + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32),"),  # noqa: E501
+    ],
+    "add_rms_norm": [
+        ("norm of the other operand", "normalized(total.to(tl.float32),", "normalized(before,"),
+        ("residual stride forgotten", "rows * residual_stride", "rows * x_stride // x_stride * HIDDEN"),
+        ("new residual not stored", "tl.store(new_residual + rows * HIDDEN + columns, total, mask=mask)", "pass"),
+    ],
+    "gated_mul": [
+        ("gate and up exchanged", "activated * up", "up / (1.0 + tl.exp(-up)) * gate"),
+        ("columns not masked", "mask = columns < SIZE", "mask = columns < BLOCK * 4"),
+        ("blocks overlap", "tl.program_id(1) * BLOCK +", "tl.program_id(1) * (BLOCK - 16) +"),
+        ("product of rounded numbers", "activated * up", "activated.to(tl.float8e5).to(tl.float32) * up"),
+    ],
+    "rope_kv_write": [
+        ("wrong page", "slot // BLOCK_SIZE * block_stride", "(slot // BLOCK_SIZE + 1) * block_stride"),
+        ("page beside the cache", "slot // BLOCK_SIZE * block_stride", "(slot // BLOCK_SIZE + 1000) * block_stride"),
+        ("wrong place in the page", "slot % BLOCK_SIZE * slot_stride", "(slot + 1) % BLOCK_SIZE * slot_stride"),
+        ("position off by one", "tl.load(position) *", "(tl.load(position) + 1) *"),
+        ("turned backwards", "first * cos - second * sin, second * cos + first", "first * cos + second * sin, second * cos - first"),  # noqa: E501
+        ("V is turned into K", "row + (NUM_HEADS + NUM_KV_HEADS + heads)", "row + (NUM_HEADS + heads)"),
+        ("heads not masked", "heads < NUM_HEADS,", "heads < NUM_HEADS + 1,"),
+        ("rest not normed", "others *= scale", "others *= 0 * scale + 1"),
+        ("rest not written", "mask=rest_mask)\n\n\n@triton.jit\ndef load_pairs", "mask=rest_mask & (rest < 0))\n\n\n@triton.jit\ndef load_pairs"),  # noqa: E501
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A proof whose operation has a fault."""
+
+    proof: Proof
+    fault: Fault
+
+
+PLANTED = [
+    pytest.param(Planted(proof, fault), id=f"{proof.name}: {fault[0]}")
+    for proof in PROOFS
+    for fault in FAULTS[proof.name]
+]
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_fault_is_found(planted: Planted, tmp_path: Path) -> None:
+    name, right, wrong = planted.fault
+    proof = planted.proof
+    original = Path(str(importlib.util.find_spec(proof.operation.__module__).origin))  # type: ignore[union-attr]
+    source = original.read_text()
+    assert source.count(right) >= 1, f"{name}: the kernel does not say {right!r} any more"
+    path = tmp_path / f"{proof.name}_with_a_fault.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    faulty = replace(proof, operation=getattr(module, proof.name))
+    assert any(_is_found(faulty, case) for case in proof.cases), f"nobody noticed: {name}"
+
+
+def _is_found(faulty: Proof, case: Case) -> bool:
+    try:
+        check_case(faulty, case)
+    except (AssertionError, OutOfBounds, Race):
+        return True
+    return False
+
+
+def test_a_right_kernel_passes_so_that_failing_means_something() -> None:
+    torch.manual_seed(0)
+    for proof in PROOFS:
+        assert not _is_found(proof, proof.cases[-1])
