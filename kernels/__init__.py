@@ -1,8 +1,9 @@
 """The operations that the model and the sampler are made of. Nothing here knows llmd.
 
 One folder an operation: `__init__.py` holds the one public function, which chooses by the tensors' device (PyTorch's
-operators serve every device that has no kernel of its own); `reference.py` is the slow truth, `cost.py` the least
-that must be moved and computed, README.md what it computes, from which source, within which limits.
+operators, `torch_ops.py`, serve every device that has no kernel of its own; GPUs have `triton_ops.py` where there is
+one); `reference.py` is the slow truth, `cost.py` the least that must be moved and computed, README.md what it computes,
+from which source, within which limits.
 """
 
 from llmd_kernels.add_rms_norm import add_rms_norm
