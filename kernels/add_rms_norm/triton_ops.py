@@ -16,7 +16,7 @@ def add_rms_norm(
     x, residual = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, residual))
     normed, new_residual = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     if num_rows:
-        block, rows_per_program, num_warps = tile(hidden_size)
+        block, rows_per_program, num_warps = tile(hidden_size, x.dtype)
         add_rms_norm_kernel[(triton.cdiv(num_rows, rows_per_program),)](
             x,
             residual,

@@ -1,7 +1,9 @@
 """y = x · weightᵀ + bias."""
 
+import torch
 from torch import Tensor
 
+from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.linear import torch_ops
 
 
@@ -10,6 +12,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     A row of the result is bitwise the same whatever the other rows are and however many there are.
     """
+    if uses_triton(x, weight) and x.dtype != torch.float32:
+        from llmd_kernels.linear import triton_ops
+
+        return triton_ops.linear(x, weight, bias)
     return torch_ops.linear(x, weight, bias)
 
 

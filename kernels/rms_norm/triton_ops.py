@@ -1,7 +1,7 @@
 """`rms_norm` in Triton: whole rows in registers, read once and written once.
 
-A row's sum is taken in one tree that depends on the row's length alone (columns, warps and rows of a program are
-functions of it), so its bits do not depend on how many rows there are.
+A row's sum is taken in one tree that depends on the row's length and dtype alone (columns, warps and rows of a program
+are functions of them), so its bits do not depend on how many rows there are.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns that one thread holds, and threads of a warp.
-COLUMNS_PER_THREAD = 16
-WARP = 32
+# Bytes of a row that one warp reads: two loads of 16 bytes a thread.
+BYTES_PER_WARP = 1024
+MAX_WARPS = 32
 MAX_HIDDEN_SIZE = 65536
 
 
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows = rows.shape[0]
     if num_rows:
-        block, rows_per_program, num_warps = tile(hidden_size)
+        block, rows_per_program, num_warps = tile(hidden_size, x.dtype)
         rms_norm_kernel[(triton.cdiv(num_rows, rows_per_program),)](
             rows,
             weight,
@@ -41,14 +41,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.
     return y
 
 
-def tile(hidden_size: int) -> tuple[int, int, int]:
+def tile(hidden_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(columns of a tile, its rows, warps of a program) for rows of this length. Changing it changes last bits."""
     if hidden_size > MAX_HIDDEN_SIZE:
         raise ValueError(f"a row of {hidden_size} numbers does not fit in registers; at most {MAX_HIDDEN_SIZE}")
     block = triton.next_power_of_2(hidden_size)
     # Short rows (the heads of a query) share a program, so that a warp has something to load.
-    rows_per_program = max(1, COLUMNS_PER_THREAD * WARP // block)
-    num_warps = min(max(block // (COLUMNS_PER_THREAD * WARP), 1), 32)
+    rows_per_program = max(1, BYTES_PER_WARP // (block * dtype.itemsize))
+    num_warps = min(max(1, block * dtype.itemsize // BYTES_PER_WARP), MAX_WARPS)
     return block, rows_per_program, num_warps
 
 

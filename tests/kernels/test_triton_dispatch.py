@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmd_kernels import add_rms_norm, gated_mul, rms_norm, rope_kv_write
+from llmd_kernels import add_rms_norm, gated_mul, linear, rms_norm, rope_kv_write
 from tests.kernels.proof.compiler import compiled_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -24,6 +24,7 @@ def test_tensors_on_a_gpu_go_to_triton() -> None:
         normed, residual = add_rms_norm(gpu(4, 128), gpu(4, 128), gpu(128), 1e-5)
         assert normed.shape == residual.shape == (4, 128)
         assert gated_mul(gpu(4, 256), "silu").shape == (4, 128)
+        assert linear(gpu(4, 64), gpu(256, 64), gpu(256)).shape == (4, 256)
         q = rope_kv_write(
             gpu(4, 6 * 64),
             positions=gpu(4, dtype=torch.int64),
@@ -35,7 +36,7 @@ def test_tensors_on_a_gpu_go_to_triton() -> None:
             cos_sin=gpu(100, 64, dtype=torch.float32),
         )
         assert (q.shape, q.device.type) == ((4, 2, 64), "cuda")
-    names = ["rms_norm_kernel", "add_rms_norm_kernel", "gated_mul_kernel", "rope_kv_write_kernel"]
+    names = ["rms_norm_kernel", "add_rms_norm_kernel", "gated_mul_kernel", "linear_kernel", "rope_kv_write_kernel"]
     assert [kernel.kernel for kernel in kernels] == names
 
 

@@ -47,6 +47,17 @@ FAULTS: dict[str, list[Fault]] = {
         ("rest not normed", "others *= scale", "others *= 0 * scale + 1"),
         ("rest not written", "mask=rest_mask)\n\n\n@triton.jit\ndef load_pairs", "mask=rest_mask & (rest < 0))\n\n\n@triton.jit\ndef load_pairs"),  # noqa: E501
     ],
+    "linear": [
+        ("last block of K forgotten", "range(first, end, BLOCK)", "range(first, end - BLOCK, BLOCK)"),
+        ("K not masked", "if K % BLOCK == 0", "if K > 0"),
+        ("rows beyond the end", "tl.minimum(tokens, num_tokens - 1)", "tokens"),
+        ("weights beyond the end", "tl.minimum(outputs, num_outputs - 1)", "outputs"),
+        ("a span forgotten", "tl.static_range(1, SPANS)", "tl.static_range(2, SPANS)"),
+        ("all spans to one place", "y += tl.program_id(1)", "y += 0 * tl.program_id(1)"),
+        ("bias for every span", "None if splits else bias", "bias"),
+        ("tiles beyond the end", "GROUP_SIZE)\n    within", "GROUP_SIZE) + 1\n    within"),
+        ("spans overlap", "tl.minimum(first + SPAN, K), K, OUTPUTS", "tl.minimum(first + SPAN + 64, K), K, OUTPUTS"),
+    ],
 }  # fmt: skip
 
 

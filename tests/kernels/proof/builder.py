@@ -96,13 +96,14 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         return self.unary_op(arg, stock.np_erf_fp64 if arg.dtype.scalar == tl.float64 else stock.np_erf_fp32)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *_: Any) -> TensorHandle:
-        """Products and sums in float32 at least (tf32 too, which the hardware cuts to 10 bits)."""
+        """Sums in float64, rounded once: for bfloat16 and float16 exact, so that no shape has an order of its own.
+
+        tf32 is not imitated: the device cuts float32 operands to 10 bits unless the kernel asks for more.
+        """
         wide_a, wide_b = widen(a.data, a.dtype), widen(b.data, b.dtype)
-        if wide_a.dtype == np.float16:
-            wide_a, wide_b = wide_a.astype(np.float32), wide_b.astype(np.float32)
-        dtype = wide_a.dtype if wide_a.dtype.kind == "f" else acc.data.dtype
-        product = np.matmul(wide_a, wide_b, dtype=dtype)
-        return TensorHandle(product.astype(acc.data.dtype) + acc.data, acc.dtype.scalar)
+        exact = np.float64 if wide_a.dtype.kind == "f" else acc.data.dtype
+        total = np.matmul(wide_a.astype(exact), wide_b.astype(exact)) + acc.data
+        return TensorHandle(total.astype(acc.data.dtype), acc.dtype.scalar)
 
     def _touch(self, access: Access, ptrs: TensorHandle, mask: TensorHandle, ordering: Any = None) -> None:
         shape = np.broadcast_shapes(ptrs.data.shape, mask.data.shape)

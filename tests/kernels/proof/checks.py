@@ -52,7 +52,7 @@ class Configuration:
     call: Callable[[], Any]
     # The least part of loaded bytes that comes in wide loads, see `Listing.vector_share`.
     vector_share: float = 0.9
-    # For each architecture what the name of a matrix instruction must begin with.
+    # For each architecture what the name of a matrix instruction must begin with, in one of the launched kernels.
     matrix: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -27,6 +27,11 @@ def check_configuration(configuration: Configuration, arch: str) -> list[Passed]
     for kernel in passed:
         fault = _fault(configuration, kernel.compiled, kernel.listing)
         assert not fault, f"{kernel.compiled.kernel} ({configuration.name}) on {arch}: {fault}"
+    expected = configuration.matrix.get(arch, "")
+    matrix = sorted({name for kernel in passed for name in kernel.listing.matrix})
+    assert not expected or any(name.startswith(expected) for name in matrix), (
+        f"{configuration.name} on {arch}: no {expected} instruction, only {', '.join(matrix) or 'none'}"
+    )
     return passed
 
 
@@ -37,7 +42,4 @@ def _fault(configuration: Configuration, compiled: Compiled, code: Listing) -> s
         return f"{compiled.shared_bytes} bytes of shared memory, at most {SHARED_LIMITS[compiled.arch]}"
     if code.vector_share < configuration.vector_share:
         return f"only {code.vector_share:.0%} of loaded bytes come in wide loads: {code.loads}"
-    expected = configuration.matrix.get(compiled.arch)
-    if expected and not any(name.startswith(expected) for name in code.matrix):
-        return f"no {expected} instruction, only {code.matrix or 'none'}"
     return ""

@@ -1,0 +1,90 @@
+"""The proof of `linear` in Triton."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llmd_kernels.linear import cost, reference, triton_ops
+from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
+from tests.kernels.proof.inputs import apart, dtype_name, meta, randn
+
+# (inputs, outputs) of fused qkv, output, gate and up, down, head of Llama-3.1-8B, and SmolLM2-135M's.
+SHIPPED = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256), (576, 960), (1536, 576))
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+
+def weight(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    return (randn(num_outputs, num_inputs, seed=1) / num_inputs**0.5).to(dtype)
+
+
+def cases() -> Iterator[Case]:
+    shapes = (
+        (0, 64, 64),
+        (1, 64, 64),
+        (3, 100, 70),
+        (17, 65, 130),
+        (65, 128, 200),
+        (2, 1100, 40),
+        (7, 1100, 40),
+        (130, 1024, 33),
+    )
+    for dtype in (torch.bfloat16, torch.float16):
+        for num_tokens, num_inputs, num_outputs in shapes:
+            yield Case(
+                f"{dtype_name(dtype)} {num_tokens}×{num_inputs} → {num_outputs}",
+                {
+                    "x": randn(num_tokens, num_inputs, dtype=dtype),
+                    "weight": weight(num_outputs, num_inputs, dtype),
+                    "bias": randn(num_outputs, dtype=dtype, seed=2) if num_tokens % 2 else None,
+                },
+            )
+    x = apart(randn(5, 96, dtype=torch.bfloat16))
+    yield Case("rows apart", {"x": x, "weight": apart(weight(40, 96, torch.bfloat16)), "bias": None})
+    moved = cost.bytes_moved(3, 512, 640, itemsize=2)
+    yield Case(
+        "weights are read once",
+        {"x": randn(3, 512).bfloat16(), "weight": weight(640, 512, torch.bfloat16), "bias": None},
+        outputs=["y"],
+        bytes_moved=moved,
+        shared_inputs=["x"],
+    )
+
+
+def rows(num_inputs: int, num_outputs: int) -> Rows:
+    """More rows than one program takes, so that some of the runs split K and some do not."""
+    x = randn(70, num_inputs).bfloat16()
+    w, bias = weight(num_outputs, num_inputs, torch.bfloat16), randn(num_outputs, seed=2).bfloat16()
+
+    def run(ids: Tensor) -> tuple[Tensor, ...]:
+        return (triton_ops.linear(x[ids], w, bias),)
+
+    return Rows(f"{num_inputs} → {num_outputs}", len(x), run)
+
+
+def configurations() -> Iterator[Configuration]:
+    for num_inputs, num_outputs in SHIPPED:
+        for num_tokens in (16, 32, 64, 128):
+            for dtype in (torch.bfloat16, torch.float16):
+
+                def call(
+                    num_inputs: int = num_inputs,
+                    num_outputs: int = num_outputs,
+                    num_tokens: int = num_tokens,
+                    dtype: torch.dtype = dtype,
+                ) -> None:
+                    x, w = meta(num_tokens, num_inputs, dtype=dtype), meta(num_outputs, num_inputs, dtype=dtype)
+                    triton_ops.linear(x, w)
+
+                yield Configuration(
+                    f"{dtype_name(dtype)} {num_tokens}×{num_inputs} → {num_outputs}", call, matrix=MATRIX
+                )
+
+
+PROOF = Proof(
+    triton_ops.linear,
+    reference.linear,
+    list(cases()),
+    [rows(100, 70), rows(2100, 65)],
+    list(configurations()),
+)
