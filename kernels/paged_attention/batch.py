@@ -1,10 +1,14 @@
 """Which tokens of a step belong to which sequence and where their context lies. Knows no layer and no values."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from llmd_kernels.paged_attention.work import Cut, TileGroup, plan_work
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,15 @@ class AttentionBatch:
     kv_lens: Tensor  # [num_seqs] int64: context of each sequence, this step's tokens included
     block_tables: Tensor  # [num_seqs, max_blocks] int64
     block_size: int  # tokens of a block: a power of two
-    _work: dict[Cut, list[TileGroup]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns: made at the first layer that asks for `key`, kept for the others."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def work(self, cut: Cut) -> list[TileGroup]:
-        """The step's attention cut to pieces: worked out at the first layer that asks, kept for the others."""
-        if cut not in self._work:
-            self._work[cut] = plan_work(self.query_starts, self.kv_lens, self.block_tables, cut)
-        return self._work[cut]
+        """The step's attention cut to pieces, for PyTorch's operators."""
+        return self.once(cut, lambda: plan_work(self.query_starts, self.kv_lens, self.block_tables, cut))

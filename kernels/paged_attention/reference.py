@@ -16,6 +16,8 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Softmax over the keys that each query may see; zeros in the padding rows."""
     out = torch.zeros_like(q)
@@ -31,6 +33,9 @@ def paged_attention(
                 places = [(int(batch.block_tables[s, b]), head // group, o) for b, o in slots[first_key : position + 1]]
                 k = torch.stack([k_cache[place] for place in places]).to(q.dtype)
                 v = torch.stack([v_cache[place] for place in places]).to(q.dtype)
+                if k_scales is not None and v_scales is not None:
+                    k = k * torch.stack([k_scales[place] for place in places]).to(q.dtype)[:, None]
+                    v = v * torch.stack([v_scales[place] for place in places]).to(q.dtype)[:, None]
                 scores = (k @ q[row, head]) * scale
                 if soft_cap is not None:
                     scores = soft_cap * torch.tanh(scores / soft_cap)

@@ -17,6 +17,14 @@ NOTHING_SEEN = -1e30
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """K or V of all blocks."""
+
+    numbers: Tensor  # [num_blocks, num_kv_heads, block_size, D]
+    scales: Tensor | None  # [num_blocks, num_kv_heads, block_size]: to be multiplied with
+
+
+@dataclass(frozen=True, slots=True)
 class Partial:
     """Softmax over one span, for each item of a tile group. `num_rows` as in TileGroup."""
 
@@ -35,6 +43,8 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Computed in float32 at least."""
     num_heads, head_dim = q.shape[1:]
@@ -44,7 +54,7 @@ def paged_attention(
     out = torch.zeros_like(q)
     for group in batch.work(cut):
         queries = _tiles_of(scaled.index_select(0, group.query_rows), group, cut)
-        partial = _partial(queries, k_cache, v_cache, group, soft_cap=soft_cap)
+        partial = _partial(queries, Cache(k_cache, k_scales), Cache(v_cache, v_scales), group, soft_cap=soft_cap)
         combined = _combine(partial, group.tiles, _start(queries, sinks, cut))
         out[group.used_rows] = _rows_of(combined, group, cut).index_select(0, group.used_places).to(q.dtype)
     return out
@@ -64,7 +74,7 @@ def _rows_of(tiles: Tensor, group: TileGroup, cut: Cut) -> Tensor:
     return heads.transpose(1, 2).reshape(-1, cut.num_kv_heads * cut.group, cut.head_dim)
 
 
-def _partial(queries: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup, *, soft_cap: float | None) -> Partial:
+def _partial(queries: Tensor, k_cache: Cache, v_cache: Cache, group: TileGroup, *, soft_cap: float | None) -> Partial:
     """Attend each item of the group, slab by slab."""
     num_items, rows_shape = len(group.tiles), queries.shape[1:3]
     partial = Partial(
@@ -73,9 +83,9 @@ def _partial(queries: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup
         values=queries.new_empty(num_items, *queries.shape[1:]),
     )
     # One buffer for all slabs: fresh memory costs more (page faults) than what is written to it.
-    gathered = k_cache.new_empty(group.slabs[0].cache_rows.shape[0], k_cache.shape[2] * k_cache.shape[3])
+    gathered = k_cache.numbers.new_empty(len(group.slabs[0].cache_rows), k_cache.numbers[0, 0].numel())
     for slab in group.slabs:
-        keys = _gather(k_cache, slab, gathered).to(queries.dtype)
+        keys = _gather(k_cache, slab, gathered, queries.dtype)
         scores = torch.bmm(queries.index_select(0, slab.tiles).flatten(0, 1), keys.transpose(1, 2))
         if soft_cap is not None:
             scores.div_(soft_cap).tanh_().mul_(soft_cap)
@@ -85,16 +95,24 @@ def _partial(queries: Tensor, k_cache: Tensor, v_cache: Tensor, group: TileGroup
         largest = torch.amax(scores, dim=-1, out=partial.largest[slab.items]).clamp_(min=NOTHING_SEEN)
         weights = scores.sub_(largest[..., None]).exp_()
         torch.sum(weights, dim=-1, out=partial.total[slab.items])
-        values = _gather(v_cache, slab, gathered).to(queries.dtype)
+        values = _gather(v_cache, slab, gathered, queries.dtype)
         torch.bmm(weights.flatten(0, 1), values, out=partial.values[slab.items].flatten(0, 1))
     return partial
 
 
-def _gather(cache: Tensor, slab: Slab, buffer: Tensor) -> Tensor:
+def _gather(cache: Cache, slab: Slab, buffer: Tensor, dtype: torch.dtype) -> Tensor:
     """[num_blocks, num_kv_heads, block_size, D] → [num_items · num_kv_heads, span, D], the slab's spans in order."""
+    numbers = cache.numbers
     head_blocks = buffer[: len(slab.cache_rows)]
-    torch.index_select(cache.flatten(0, 1).flatten(1, 2), 0, slab.cache_rows, out=head_blocks)
-    return head_blocks.view(len(slab.tiles) * cache.shape[1], -1, cache.shape[3])
+    source, copied = numbers.flatten(0, 1).flatten(1, 2), head_blocks
+    if numbers.dtype.itemsize == 1:
+        # There is no index_select of float8: the same bytes as integers.
+        source, copied = source.view(torch.uint8), copied.view(torch.uint8)
+    torch.index_select(source, 0, slab.cache_rows, out=copied)
+    spans = head_blocks.view(len(slab.tiles) * numbers.shape[1], -1, numbers.shape[3]).to(dtype)
+    if cache.scales is None:
+        return spans
+    return spans * cache.scales.flatten(0, 1)[slab.cache_rows].view(*spans.shape[:2], 1).to(dtype)
 
 
 def _start(queries: Tensor, sinks: Tensor | None, cut: Cut) -> Tensor:

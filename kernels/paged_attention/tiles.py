@@ -1,0 +1,80 @@
+"""How the Triton kernel is tiled: one reasoned entry a device kind, head size and dtypes. Not yet tuned on a device.
+
+`tile` and `split` decide bits: a result is the same in every step on one kind of device, not across entries.
+One entry serves prefill and decode alike, so that a token's bits do not depend on which of the two computed it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+# What Q and the cache hold: both 16 bits a number, Q 16 and the cache 8, or Q 32.
+Numbers = Literal["16/16", "16/8", "32"]
+# The block sizes that are proven. An entry holds for all of them until a device shows a reason to differ.
+BLOCK_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    rows: int  # (query, head of the group) pairs of a tile
+    tile: int  # keys of a tile
+    split: int  # keys of a split: a multiple of tile
+    num_warps: int
+    num_stages: int  # tiles of K and V in flight
+    programs_per_processor: int  # that run at a time
+
+
+def padded_dim(head_dim: int) -> int:
+    """The head size inside the kernel: a power of two."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers:
+    if q_dtype.itemsize == 4:
+        return "32"
+    return "16/8" if cache_dtype.itemsize == 1 else "16/16"
+
+
+# Why these, until a device says better:
+# - 64 rows are what one wgmma takes. A decode step fills only a group's rows of them, which costs nothing as long as
+#   64 rows × 4 operations for the 4 bytes of a key and its value (64 operations a byte) are less than a tensor core
+#   does while a byte arrives (about 260 on sm_90). With head size 256 registers suffice for 32 rows (mma).
+# - Splits of 256 keys keep the processors of an H100 busy from four sequences of 2,048 tokens on (8 KV heads) and cost
+#   3 % more bytes where they are handed on; where there is enough to do they are merged in registers for nothing.
+# - Tiles, warps and stages are the largest that keep everything in registers, found by compiling.
+TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
+    ("sm_80", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
+    ("sm_80", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
+    ("sm_80", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
+    ("sm_80", 64, "32"): TileConfig(16, 32, 256, 4, 1, 2),
+    ("sm_80", 128, "32"): TileConfig(16, 32, 256, 4, 2, 2),
+    ("sm_80", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_90", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
+    ("sm_90", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
+    ("sm_90", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
+    ("sm_90", 64, "16/8"): TileConfig(64, 64, 256, 8, 3, 1),
+    ("sm_90", 128, "16/8"): TileConfig(64, 64, 256, 8, 2, 1),
+    ("sm_90", 256, "16/8"): TileConfig(32, 32, 256, 8, 3, 1),
+    ("sm_90", 64, "32"): TileConfig(16, 32, 256, 4, 1, 2),
+    ("sm_90", 128, "32"): TileConfig(16, 32, 256, 4, 2, 2),
+    ("sm_90", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_100", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
+    ("sm_100", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
+    ("sm_100", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
+    ("sm_100", 64, "16/8"): TileConfig(64, 64, 256, 8, 3, 1),
+    ("sm_100", 128, "16/8"): TileConfig(64, 64, 256, 8, 2, 1),
+    ("sm_100", 256, "16/8"): TileConfig(32, 32, 256, 8, 2, 1),
+    ("sm_100", 64, "32"): TileConfig(16, 32, 256, 4, 1, 2),
+    ("sm_100", 128, "32"): TileConfig(16, 32, 256, 4, 2, 2),
+    ("sm_100", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("gfx942", 64, "16/16"): TileConfig(64, 64, 256, 4, 1, 2),
+    ("gfx942", 128, "16/16"): TileConfig(64, 64, 256, 4, 1, 1),
+    ("gfx942", 256, "16/16"): TileConfig(32, 32, 256, 8, 1, 1),
+    ("gfx942", 128, "16/8"): TileConfig(64, 32, 256, 4, 1, 1),
+}
+
+
+def find_config(arch: str, head_dim: int, q_dtype: torch.dtype, cache_dtype: torch.dtype) -> TileConfig | None:
+    """The entry for this kind of device; None where there is none, or no proof of it."""
+    return TABLE.get((arch, max(64, padded_dim(head_dim)), numbers(q_dtype, cache_dtype)))
