@@ -90,6 +90,8 @@ def paged_attention(
         max_partial_rows=MAX_PARTIAL_BYTES // (4 * padded_dim(head_dim) * num_kv_heads),
     )
     space = batch.once((cut, head_dim), lambda: _workspace(batch, cut, padded_dim(head_dim)))
+    # Half of the bytes: a program reads a block's id once for each of its tokens.
+    tables = batch.once("int32 block tables", batch.block_tables.int)
     out = torch.empty_like(q)
     attend[(space.num_programs,)](
         q,
@@ -99,7 +101,7 @@ def paged_attention(
         space.partial_sums if v_scales is None else v_scales,
         space.partial_sums if sinks is None else sinks,
         out,
-        batch.block_tables,
+        tables,
         space.header,
         space.items,
         space.partial_values,
@@ -108,7 +110,7 @@ def paged_attention(
         len(q),
         *_strides_in_rows(k_cache, v_cache),
         *((0, 0) if k_scales is None else k_scales.stride()[:2]),
-        batch.block_tables.stride(0),
+        tables.stride(0),
         scale,
         soft_cap or 0.0,
         window or 0,

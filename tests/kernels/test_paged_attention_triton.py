@@ -1,5 +1,9 @@
 """The Triton kernel of `paged_attention` in the interpreter: the float64 truth, every access, the same bits always."""
 
+import importlib.util
+import inspect
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +15,15 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmd_kernels.paged_attention import reference, triton_ops
+from llmd_kernels.paged_attention import cost, reference, triton_kernel, triton_ops
+from llmd_kernels.paged_attention.items import FIELDS, ItemList, plan_items
 from llmd_kernels.paged_attention.tiles import TileConfig
 from tests.kernels.batches import Context, Heads, Inputs, context, inputs
 from tests.kernels.proof.interpreter import Launch, interpreted
+from tests.kernels.proof.memory import OutOfBounds, Race
 
 # Small, so that short contexts have many tiles and splits.
-SMALL = TileConfig(rows=16, tile=16, split=32, num_warps=4, num_stages=1, programs_per_processor=1)
+SMALL = TileConfig(rows=16, tile=32, split=64, num_warps=4, num_stages=1, programs_per_processor=1)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -152,3 +158,142 @@ def test_padding_rows_are_zero() -> None:
     batch = type(step.batch)(torch.zeros(1, dtype=torch.int64), empty, torch.zeros(0, 1, dtype=torch.int64), 16)
     only_padding = Inputs(torch.full((8, 3, 16), torch.nan), step.k_cache, step.v_cache, batch)
     assert (attend(only_padding) == 0).all()
+
+
+@pytest.mark.parametrize("num_processors", [1, 50], ids=["one program", "split"])
+def test_a_float8_cache_with_a_scale_a_token(num_processors: int) -> None:
+    heads = Heads(4, 2, 32)
+    step = inputs([context(n, heads, seed=n, dtype=torch.bfloat16) for n in (70, 5)], [3, 5], filling=torch.nan)
+    scales = torch.rand(2, *step.k_cache.shape[:3], generator=torch.Generator().manual_seed(0)) + 0.5
+    rounded = [cache.to(torch.float8_e4m3fn) for cache in (step.k_cache, step.v_cache)]
+    narrow = Inputs(step.q, rounded[0], rounded[1], step.batch)
+    check(narrow, k_scales=scales[0], v_scales=scales[1], num_processors=num_processors, window=40)
+
+
+# The shape of one KV head of Llama 3 with the tiling that ships for it, except that the few rows are not filled up.
+LLAMA = Heads(4, 1, 128)
+SHIPPED = TileConfig(rows=16, tile=64, split=256, num_warps=8, num_stages=3, programs_per_processor=1)
+
+
+@pytest.mark.parametrize(
+    ("num_processors", "window", "at_most"), [(1, None, 1.015), (1, 300, 1.03), (50, None, 1.05), (50, 300, 1.10)]
+)
+def test_decode_moves_what_it_must(num_processors: int, window: int | None, at_most: float) -> None:
+    """Keys and values once, to the byte. The rest: the ids of blocks, the work list and, split, partial results.
+
+    A window of 300 keys begins within a split, so that it has three partial results where two would do.
+    """
+    lens = [1000] * 4
+    step = inputs([context(n, LLAMA, seed=i, dtype=torch.bfloat16) for i, n in enumerate(lens)], [1] * 4)
+    step = replace(step, q=step.q[:4].contiguous())
+    _, launched = launch(step, config=SHIPPED, num_processors=num_processors, window=window)
+    caches = [launched.memory.region(name) for name in ("k_cache", "v_cache")]
+    assert sum(region.loaded for region in caches) == 2 * sum(min(n, window or n) for n in lens) * 128 * 2
+    moved = sum(region.loaded + region.stored for region in launched.memory.regions)
+    least = cost.bytes_moved([(1, n) for n in lens], 4, 1, 128, itemsize=2, cache_itemsize=2, window=window)
+    assert 1 <= moved / least <= at_most, moved / least
+
+
+def test_prefill_reads_keys_once_a_tile_of_queries() -> None:
+    """8 queries a tile: query tile i reads the 8 · (i + 1) keys that it sees. On a device the L2 cache serves that."""
+    length, heads = 48, Heads(4, 2, 16)
+    _, launched = launch(inputs([context(length, heads, dtype=torch.bfloat16)], [length]))
+    keys = sum(range(8, length + 1, 8))
+    assert launched.memory.region("k_cache").loaded == keys * heads.num_kv_heads * 16 * 2
+
+
+def ragged_step() -> Inputs:
+    return inputs([context(n, Heads(2, 1, 16), seed=n, dtype=torch.bfloat16) for n in (70, 100)], [1, 9])
+
+
+@pytest.mark.parametrize("block", [10**6, -1])
+def test_a_wrong_block_is_caught(block: int) -> None:
+    step = ragged_step()
+    step.batch.block_tables[1, 3] = block
+    with pytest.raises(Exception, match="out of bounds") as caught:
+        attend(step)
+    assert isinstance(caught.value, OutOfBounds)
+
+
+def test_a_context_longer_than_its_blocks_is_caught() -> None:
+    step = ragged_step()
+    step.batch.kv_lens[0] += 64
+    with pytest.raises(OutOfBounds):
+        attend(step)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (lambda items: items[1:], AssertionError),  # nobody writes a tile
+        (lambda items: items[[0, *range(len(items))]], (Race, AssertionError)),  # somebody does twice
+        (lambda items: changed(items, "num_parts", 1), Race),
+        (lambda items: changed(items, "partial_row", 0), Race),
+        (lambda items: changed(items, "counter", 0), (Race, AssertionError)),
+        (lambda items: changed(items, "first_row", 0), (Race, AssertionError)),
+        (lambda items: changed(items, "first_split", 0), (Race, AssertionError)),
+        (lambda items: changed(items, "num_queries", 3), (OutOfBounds, Race, AssertionError)),
+    ],
+    ids=["dropped", "twice", "alone", "same room", "same counter", "same rows", "same splits", "same size"],
+)
+def test_a_wrong_work_list_is_caught(monkeypatch: pytest.MonkeyPatch, fault: Any, error: Any) -> None:
+    def plan(*args: Any) -> ItemList:
+        work = plan_items(*args)
+        return replace(work, items=fault(work.items))
+
+    check(ragged_step(), num_processors=50)
+    monkeypatch.setattr(triton_ops, "plan_items", plan)
+    with pytest.raises(error):
+        check(ragged_step(), num_processors=50)
+
+
+def changed(items: Any, field: str, value: int) -> Any:
+    items = items.copy()
+    items[:, FIELDS.index(field)] = value
+    return items
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ('sem="acq_rel"', 'sem="relaxed"'),
+        ('sem="acq_rel"', 'sem="release"'),
+        ("== num_parts - 1", "== 0"),
+        ("exists = (keys >= first_key) & (keys < end)", "exists = keys < end + 16"),
+        ("exists = (keys >= first_key) & (keys < end)", "exists = keys < end"),
+        ("keys[None, :] <= positions[:, None]", "keys[None, :] < positions[:, None]"),
+        ("> (positions - window)", ">= (positions - window)"),
+        ("seen, tl.exp2(scores - largest_next[:, None]), 0.0)", "seen, tl.exp2(scores), 0.0)"),
+        ("values * share[:, None], input", "values, input"),
+        ("tl.store(counter, 0)", "pass"),
+        ("tl.fma(total_next, share_next, total * share)", "total + total_next"),
+        ("keys % PAGE) * token_rows", "keys % PAGE) * token_rows * 2"),
+        ("first = partial + (split - tile_first_split) * split_rows", "first = partial + split * split_rows"),
+        ("_zero_padding(out, tl.load(header + 1) + program", "_zero_padding(out, num_rows + program"),
+    ],
+)
+def test_a_fault_in_the_kernel_is_caught(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: str, wrong: str
+) -> None:
+    source = inspect.getsource(triton_kernel)
+    assert right in source
+    (tmp_path / "wrong_kernel.py").write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("wrong_kernel", tmp_path / "wrong_kernel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(triton_ops, "attend", module.attend)
+    contexts = [context(n, Heads(2, 1, 16), seed=n, dtype=torch.bfloat16) for n in (70, 150)]
+    step = inputs(contexts, [1, 9], filling=torch.nan)
+    # What lies before the window belongs to others by now.
+    step.batch.block_tables[0, : (69 - 19) // 16] = 10**6
+    step.batch.block_tables[1, : (141 - 19) // 16] = 10**6
+    with pytest.raises((OutOfBounds, Race, AssertionError)):
+        check_twice(step, num_processors=50, window=20)
+
+
+def check_twice(step: Inputs, **options: Any) -> None:
+    """As two layers do, with one work list."""
+    check(step, **options)
+    check(step, **options)
