@@ -284,13 +284,13 @@ def test_a_fault_in_the_kernel_is_caught(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(triton_ops, "attend", module.attend)
-    contexts = [context(n, Heads(2, 1, 16), seed=n, dtype=torch.bfloat16) for n in (70, 150)]
+    contexts = [context(n, Heads(2, 1, 16), seed=n, dtype=torch.bfloat16) for n in (110, 150)]
     step = inputs(contexts, [1, 9], filling=torch.nan)
     # What lies before the window belongs to others by now.
-    step.batch.block_tables[0, : (69 - 19) // 16] = 10**6
-    step.batch.block_tables[1, : (141 - 19) // 16] = 10**6
+    step.batch.block_tables[0, : (109 - 29) // 16] = 10**6
+    step.batch.block_tables[1, : (141 - 29) // 16] = 10**6
     with pytest.raises((OutOfBounds, Race, AssertionError)):
-        check_twice(step, num_processors=50, window=20)
+        check_twice(step, num_processors=50, window=30)
 
 
 def check_twice(step: Inputs, **options: Any) -> None:
