@@ -6,8 +6,6 @@ multiples, and a tile or split of which a query sees nothing changes nothing: ma
 Who merges (the program itself, or the last of several to arrive) does not matter: both do `_merge` in the same order.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-
 import triton
 import triton.language as tl
 

@@ -45,7 +45,7 @@ def _check(proof: Proof, *, everything: bool) -> int:
         proof.configurations if everything else proof.configurations[:: max(1, len(proof.configurations) // 3)]
     )
     for configuration in configurations:
-        for arch in TARGETS:
+        for arch in configuration.archs or TARGETS:
             failures += _row(
                 proof,
                 arch,

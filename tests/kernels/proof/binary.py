@@ -107,9 +107,7 @@ def _nvidia_load_bits(name: str) -> int:
 def _amd(assembly: str) -> Listing:
     numbers = {
         name: int(number)
-        for name, number in re.findall(
-            r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly
-        )
+        for name, number in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly)
     }
     lines = []
     for text in assembly.splitlines():
@@ -117,7 +115,8 @@ def _amd(assembly: str) -> Listing:
             lines.append(Line("", "", label[1]))
         elif instruction := re.match(r"\s+([a-z]\w+)(.*)", text):
             lines.append(Line(instruction[1], instruction[2]))
-    spilled = numbers["private_segment_fixed_size"] + 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
+    # Scalar registers spill into lanes of a vector register, which costs no memory.
+    spilled = numbers["private_segment_fixed_size"] + 4 * numbers["vgpr_spill_count"]
     loads, in_loop = _loads(
         [(line, _amd_load_bits(line.name)) for line in lines], _loops(lines, "s_cbranch", "s_branch")
     )
