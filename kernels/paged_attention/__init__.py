@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.paged_attention import torch_ops
 from llmd_kernels.paged_attention.batch import AttentionBatch
 from llmd_kernels.paged_attention.tiles import BLOCK_SIZES, find_config
@@ -32,7 +33,7 @@ def paged_attention(
     K and V were divided by when they were written (float8 caches).
     """
     scales = {"k_scales": k_scales, "v_scales": v_scales}
-    if q.is_cuda:
+    if uses_triton(q):
         # Takes time to import, and is not there on every machine.
         from llmd_kernels.paged_attention import triton_ops
 

@@ -30,16 +30,23 @@ def padded_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers:
-    if q_dtype.itemsize == 4:
-        return "32"
-    return "16/8" if cache_dtype.itemsize == 1 else "16/16"
+def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers | None:
+    match q_dtype.itemsize, cache_dtype.itemsize:
+        case 2, 2:
+            return "16/16"
+        case 2, 1:
+            return "16/8"
+        case 4, 1 | 2 | 4:
+            return "32"
+        case _:
+            return None
 
 
 # Why these, until a device says better:
 # - 64 rows are what one wgmma takes. A decode step fills only a group's rows of them, which costs nothing as long as
 #   64 rows × 4 operations for the 4 bytes of a key and its value (64 operations a byte) are less than a tensor core
 #   does while a byte arrives (about 260 on sm_90). With head size 256 registers suffice for 32 rows (mma).
+# - A float32 product is made of multiplications and additions on NVIDIA: small tiles.
 # - Splits of 256 keys keep the processors of an H100 busy from four sequences of 2,048 tokens on (8 KV heads) and cost
 #   3 % more bytes where they are handed on; where there is enough to do they are merged in registers for nothing.
 # - Tiles, warps and stages are the largest that keep everything in registers, found by compiling.
@@ -77,4 +84,5 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
 
 def find_config(arch: str, head_dim: int, q_dtype: torch.dtype, cache_dtype: torch.dtype) -> TileConfig | None:
     """The entry for this kind of device; None where there is none, or no proof of it."""
-    return TABLE.get((arch, max(64, padded_dim(head_dim)), numbers(q_dtype, cache_dtype)))
+    kind = numbers(q_dtype, cache_dtype)
+    return None if kind is None else TABLE.get((arch, max(64, padded_dim(head_dim)), kind))

@@ -82,6 +82,16 @@ def test_a_cache_of_another_dtype() -> None:
     assert torch.equal(attend(rounded), attend(widened))
 
 
+def test_a_float8_cache_with_a_scale_a_token() -> None:
+    step = inputs([context(n, Heads(4, 2, 16), seed=n) for n in (150, 20)], [10, 1])
+    scales = torch.rand(2, *step.k_cache.shape[:3], generator=torch.Generator().manual_seed(0)) + 0.5
+    caches = [cache.to(torch.float8_e4m3fn) for cache in (step.k_cache, step.v_cache)]
+    options: dict[str, Any] = {"scale": 0.25, "k_scales": scales[0], "v_scales": scales[1]}
+    result = paged_attention(step.q, *caches, step.batch, **options)
+    exact = reference.paged_attention(step.q.double(), *caches, step.batch, **options)
+    torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=2e-6)
+
+
 def test_large_scores_stay_finite() -> None:
     one = context(300)
     step = inputs([Context(one.q * 100, one.k * 100, one.v)], [300])

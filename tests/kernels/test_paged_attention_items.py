@@ -1,12 +1,14 @@
-"""The work list of the Triton kernel: every query sees every split that it may, once, and nobody else's room."""
+"""The work list of the Triton kernel, where every query meets every split once, and its table of tiles."""
 
 from itertools import pairwise
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmd_kernels.paged_attention.items import FIELDS, ITEMS_PER_PROGRAM, ItemCut, ItemList, plan_items
+from llmd_kernels.paged_attention.tiles import TABLE, find_config
 
 
 @st.composite
@@ -92,3 +94,24 @@ def test_a_captured_launch_knows_how_many_items_there_may_be(step: tuple[list[in
     assert len(items) <= num_tiles + cut.wanted_programs * ITEMS_PER_PROGRAM // cut.num_kv_heads
     spans = items[:, FIELDS.index("end_split")] - items[:, FIELDS.index("first_split")]
     assert (np.diff(spans) <= 0).all()
+
+
+def test_the_table_of_tiles_is_whole() -> None:
+    for (_, head_dim, _), config in TABLE.items():
+        assert config.split % config.tile == 0
+        assert config.tile >= 16
+        assert config.rows >= 16
+        assert head_dim in (64, 128, 256)
+    splits = {arch: {c.split for (a, _, _), c in TABLE.items() if a == arch} for arch, _, _ in TABLE}
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_a_configuration_is_found_by_device_head_size_and_dtypes() -> None:
+    bf16, float8 = torch.bfloat16, torch.float8_e4m3fn
+    assert find_config("sm_90", 80, bf16, bf16) is TABLE["sm_90", 128, "16/16"]
+    assert find_config("sm_90", 16, bf16, float8) is TABLE["sm_90", 64, "16/8"]
+    assert find_config("sm_90", 256, torch.float32, bf16) is TABLE["sm_90", 256, "32"]
+    assert find_config("sm_80", 128, bf16, float8) is None
+    assert find_config("sm_75", 128, bf16, bf16) is None
+    assert find_config("sm_90", 512, bf16, bf16) is None
+    assert find_config("sm_90", 128, torch.float64, torch.float64) is None

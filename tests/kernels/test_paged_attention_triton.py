@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmd_kernels.paged_attention import cost, reference, triton_kernel, triton_ops
 from llmd_kernels.paged_attention.items import FIELDS, ItemList, plan_items
-from llmd_kernels.paged_attention.tiles import TileConfig
+from llmd_kernels.paged_attention.tiles import TABLE, TileConfig
 from tests.kernels.batches import Context, Heads, Inputs, context, inputs
 from tests.kernels.proof.checks import TOLERANCES
 from tests.kernels.proof.interpreter import Launch, interpreted
@@ -101,6 +101,18 @@ def test_bits_do_not_depend_on_chunks_neighbours_or_blocks(options: dict[str, An
     assert torch.equal(attend(step, **options)[6], whole[-1])
     step = inputs([*others, one], [1, 1, 1, 1, 40], block_seed=8, block_size=32)
     assert torch.equal(attend(step, **options)[4:44], whole[-40:])
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_90", 128), ("gfx942", 256)])
+def test_bits_of_decode_are_those_of_prefill_with_what_ships(arch: str, head_dim: int) -> None:
+    one, config = context(300, Heads(4, 1, head_dim), dtype=torch.bfloat16), TABLE[arch, head_dim, "16/16"]
+    step = inputs([one], [50])
+    chunk = attend(step, config=config)[:50]
+    torch.testing.assert_close(chunk.double(), truth(step)[:50], rtol=1.2e-2, atol=1.2e-2)
+    for end in (300, 299, 257, 256, 251):
+        until = Context(one.q[:end], one.k[:end], one.v[:end])
+        decoded = attend(inputs([until], [1], block_seed=end), config=config, num_processors=end)
+        assert torch.equal(decoded[0], chunk[end - 251]), end
 
 
 @pytest.mark.parametrize("num_processors", [1, 3, 100])
