@@ -68,7 +68,7 @@ def check(step: Inputs, **options: Any) -> None:
     torch.testing.assert_close(out.double(), truth(step, **options), rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_random_steps(data: st.DataObject) -> None:
     lens = data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=4))
