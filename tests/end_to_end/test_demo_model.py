@@ -12,7 +12,6 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
-from llmd.machine import num_free_cores
 from tests.end_to_end.prompts import PROMPTS
 from tests.end_to_end.running_server import RunningServer, running_server
 
@@ -23,7 +22,7 @@ NUM_TOKENS = 32
 
 @pytest.fixture(scope="module")
 def server(demo_model_dir: Path) -> Iterator[RunningServer]:
-    with running_server("--model", str(demo_model_dir), "--dtype", "float32", threads=num_free_cores()) as running:
+    with running_server("--model", str(demo_model_dir), "--dtype", "float32") as running:
         yield running
 
 
