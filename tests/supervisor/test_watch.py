@@ -209,7 +209,7 @@ def test_a_child_whose_supervisor_is_stuck_goes_on_and_ends_with_it(tmp_path: Pa
     )
     process = child_process(code, tmp_path / "errors")
     # nobody reads what it says, and yet it comes to its line
-    while not (tmp_path / "errors").read_text():
+    while not (tmp_path / "errors").read_text().endswith(os.linesep):
         assert process.popen.poll() is None
     assert (tmp_path / "errors").read_text() == f"works{os.linesep}"
     process.control.close()
