@@ -7,7 +7,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.end_to_end.running_server import START_TIMEOUT, RunningServer, runnin
 from tests.faults.clients import address, connect, fin, read_all, read_until, request_bytes
 from tests.faults.facts import descendants, figures, wait_for
 from tests.fetch.gguf_files import write_llama
+from tests.server.live import HttpAnswer, parse_answer
 from tests.supervisor.test_supervise import wait_until_gone
 
 pytestmark = pytest.mark.slow
@@ -29,23 +29,6 @@ LONG = {"prompt": "abc", "max_tokens": 500, "ignore_eos": True, "seed": 3}
 ENDLESS = {**LONG, "max_tokens": 3000}
 
 
-@dataclass(frozen=True)
-class HttpAnswer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-
-def parse(data: bytes) -> HttpAnswer:
-    head, _, body = data.partition(b"\r\n\r\n")
-    status_line, *lines = head.decode().split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return HttpAnswer(int(status_line.split()[1]), headers, body)
-
-
 def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode()
 
@@ -53,7 +36,7 @@ def get(path: str) -> bytes:
 def ask(client: socket.socket, request: bytes) -> HttpAnswer:
     """The last answer on this connection: the server closes it."""
     client.sendall(request)
-    answer = parse(read_all(client))
+    answer = parse_answer(read_all(client))
     client.close()
     assert answer.headers["connection"] == "close"
     return answer
@@ -117,7 +100,7 @@ def test_a_drain_as_everybody_sees_it(tiny_model_dir: Path) -> None:
 def probe(to: tuple[str, int], path: str) -> HttpAnswer:
     client = connect(to)
     client.sendall(get(path))
-    answer = parse(read_until(client, b"}"))
+    answer = parse_answer(read_until(client, b"}"))
     client.close()
     return answer
 
@@ -149,7 +132,7 @@ def test_what_takes_too_long_ends_with_an_error(long_model_dir: Path) -> None:
             *_, last = events((beginning + read_all(client)).partition(b"\r\n\r\n")[2])
             assert "shutting down" in last["error"]["message"]
         for client in waiting:
-            assert_refused(parse(read_all(client)))
+            assert_refused(parse_answer(read_all(client)))
         for client in queued:
             (last,) = events(read_all(client))
             assert last["error"]["type"] == "server_error"

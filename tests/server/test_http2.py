@@ -312,6 +312,9 @@ async def test_pings_do_not_keep_a_connection_open(serving_h2: Serving) -> None:
                 await client.send_frames([PingFrame(0, b"12345678")])
                 await client.read()
                 await trio.sleep(0.02)
+        # for its idleness, and not for its pings
+        assert client.goaway is not None
+        assert client.goaway.error_code == ErrorCodes.NO_ERROR
 
 
 @trio_test
