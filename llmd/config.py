@@ -11,12 +11,14 @@ SECONDS = 1.0
 MIB = 1 << 20
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):
     """Which model, and how it is presented."""
 
-    source: str | None = None  # folder, .gguf file or hub id; None = the demo model
+    source: str | None = None  # folder, .gguf file, hub id or built-in configuration; None = the demo model
+    load_format: LoadFormat = "auto"  # dummy: random weights, whatever the folder holds
     revision: str | None = None  # of a hub id
     cache_dir: str  # where downloads and conversions go
     served_names: tuple[str, ...]  # names that answer to; the first is the one that is shown

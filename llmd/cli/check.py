@@ -80,12 +80,12 @@ def _text_rows(config: Config, model_dir: Path) -> list[tuple[str, str]]:
 
 
 def _model_dir(config: Config) -> Path:
-    source, revision, cache_dir = config.model.source, config.model.revision, Path(config.model.cache_dir)
-    ready = find_ready(source, revision, cache_dir)
+    model, cache_dir = config.model, Path(config.model.cache_dir)
+    ready = find_ready(model.source, model.revision, cache_dir, dummy=model.load_format == "dummy")
     if ready is not None:
         return ready
     print("fetching the model", file=sys.stderr)
-    return fetch(source, revision=revision, cache_dir=cache_dir)
+    return fetch(model.source, revision=model.revision, cache_dir=cache_dir, dummy=model.load_format == "dummy")
 
 
 def _spec(model_dir: Path) -> ModelSpec:

@@ -30,6 +30,7 @@ def resolve(flags: argparse.Namespace) -> Config:
     source = _source(flags)
     model = ModelConfig(
         source=source,
+        load_format=flags.load_format,
         revision=flags.revision,
         cache_dir=flags.download_dir or str(default_cache_dir()),
         served_names=tuple(flags.served_model_name or [shown_name(source)]),

@@ -39,7 +39,8 @@ def _serve_on(listener: socket.socket, flags: argparse.Namespace) -> int:
 
     config = resolve(flags)
     configure_logging(config.log, process="supervisor")
-    model_dir = find_ready(config.model.source, revision=config.model.revision, cache_dir=Path(config.model.cache_dir))
+    model = config.model
+    model_dir = find_ready(model.source, model.revision, Path(model.cache_dir), dummy=model.load_format == "dummy")
     log = logging.getLogger(__name__)
     log.info("llmd %s · %s · %s", __version__, config.model.served_names[0], _address(listener, config.http))
     if config.log.requests:

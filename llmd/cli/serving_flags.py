@@ -82,6 +82,13 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
         metavar="MODEL",
         help="Hugging Face folder, .gguf file or hub id; without it the demo model SmolLM2-135M-Instruct",
     )
+    model.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="dummy: random weights, to measure speed without a download; MODEL is then a folder with config.json and "
+        "tokenizer.json or a built-in configuration such as llama-3.1-8b (default: auto)",
+    )
     model.add_argument("--revision", help="branch, tag or commit of a hub id (default: main)")
     model.add_argument(
         "--served-model-name",

@@ -26,6 +26,7 @@ def main() -> int:
             model.source,
             revision=model.revision,
             cache_dir=Path(model.cache_dir),
+            dummy=model.load_format == "dummy",
             progress=_report_to(control),
         )
     except StartupFailed as error:

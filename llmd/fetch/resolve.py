@@ -7,15 +7,27 @@ from llmd.fetch.progress import Progress, ignore_progress
 from llmd.fetch.source import SourceKind, classify, converted_dir, find_ready
 
 
-def fetch(source: str | None, *, revision: str | None, cache_dir: Path, progress: Progress = ignore_progress) -> Path:
+def fetch(
+    source: str | None,
+    *,
+    revision: str | None,
+    cache_dir: Path,
+    dummy: bool = False,
+    progress: Progress = ignore_progress,
+) -> Path:
     """The safetensors folder of `source` (None = the demo model); downloads or converts it if need be.
+    dummy: a folder without weights will do.
 
     `revision` is that of a hub id. Raises StartupFailed with a remedy if there is no way to such a folder.
     """
-    ready = find_ready(source, revision, cache_dir)
+    ready = find_ready(source, revision, cache_dir, dummy=dummy)
     if ready is not None:
         return ready
     try:
+        if dummy and source is not None:
+            from llmd.fetch.dummy import make_dummy
+
+            return make_dummy(source, cache_dir)
         return _make(source, revision, cache_dir, progress)
     except OSError as error:
         raise StartupFailed(f"The model could not be made ready: {error}. The cache is {cache_dir}.") from error

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llmd.errors import StartupFailed
+from llmd.fetch.built_in import BUILT_IN
+from llmd.fetch.dummy import find_dummy
 
 # Part of the name of every converted folder: raise it when the converter's output changes.
 CONVERSION_VERSION = 1
@@ -51,12 +53,16 @@ def classify(source: str | None, revision: str | None) -> SourceKind:
     return kind
 
 
-def find_ready(source: str | None, revision: str | None, cache_dir: Path) -> Path | None:
+def find_ready(source: str | None, revision: str | None, cache_dir: Path, *, dummy: bool = False) -> Path | None:
     """The safetensors folder of `source` if nothing has to be downloaded or converted first, else None.
 
     A finished download of a branch counts as ready without asking the hub for newer commits. Raises StartupFailed
-    with a remedy if `source` can never be served.
+    with a remedy if `source` can never be served. dummy: weights are not needed (`--load-format dummy`).
     """
+    if dummy:
+        if revision is not None:
+            raise StartupFailed(f"--revision {revision} has no meaning without weights: leave out --load-format dummy")
+        return find_dummy(source, cache_dir)
     try:
         return _find_ready(source, revision, cache_dir)
     except OSError as error:
@@ -137,6 +143,8 @@ def _kind(source: str | None) -> SourceKind:
         return SourceKind.GGUF
     if _HUB_ID.fullmatch(source) and not source.endswith(".gguf"):
         return SourceKind.HUB
+    if source in BUILT_IN:
+        raise StartupFailed(f"{source} is a configuration without weights: it can be run with --load-format dummy")
     raise StartupFailed(
         f"There is no model at {source!r}. Give a folder with config.json and .safetensors, a .gguf file, or a hub id "
         "of the form owner/name."

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmd.errors import StartupFailed, UnsupportedModel
 from llmd.model.decoder import Decoder
+from llmd.model.dummy import dummy_parameters
 from llmd.model.parallel import Parameter, Piece, Rank, Shard
 from llmd.model.parameters import parameters
 from llmd.model.registry import FAMILIES
@@ -34,13 +35,14 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int | None = None,
+    dummy: bool = False,
     progress: Progress = lambda _done, _total: None,
 ) -> Decoder:
     """The folder's model on `device` in `dtype`.
 
     max_model_len: the longest context to serve; None = the model's own. Everything is checked from the files' headers
     before anything is allocated: raises UnsupportedModel, naming what is wrong with the model, or StartupFailed where
-    the model cannot serve that context. progress: see `load_parameters`.
+    the model cannot serve that context. dummy: random weights; the folder needs none. progress: see `load_parameters`.
     """
     spec = load_spec(model_dir)
     if max_model_len is None:
@@ -50,9 +52,15 @@ def load_decoder(
             f"The model cannot serve a context of {max_model_len} tokens: it has {spec.max_stretched_positions} "
             "positions. Choose a smaller --max-model-len"
         )
+    wanted = parameters(spec)
+    if dummy:
+        offset = spec.norm_weight_offset
+        weights = dummy_parameters(
+            wanted, norm_weight_offset=offset, dtype=dtype, device=device, rank=Rank(), progress=progress
+        )
+        return Decoder(spec, weights, max_model_len=max_model_len)
     family = FAMILIES[spec.architecture]
     stored = read_headers(model_dir, prefixes=family.prefixes, ignored_prefixes=family.ignored_prefixes)
-    wanted = parameters(spec)
     harmless = frozenset({f"{family.names.head}.weight"}) if spec.tied_embeddings else frozenset[str]()
     check_tensors(stored, wanted, harmless=harmless)
     weights = load_parameters(stored, wanted, dtype=dtype, device=device, rank=Rank(), progress=progress)

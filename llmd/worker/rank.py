@@ -54,6 +54,7 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
             device=device,
             # not what memory has reduced it to: some ropes depend on it, and an answer must not depend on free memory
             max_model_len=memory.wanted_model_len,
+            dummy=config.model.load_format == "dummy",
             progress=_report_progress(control),
         )
         # one block more than the scheduler knows of: padding tokens write there

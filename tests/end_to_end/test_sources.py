@@ -42,3 +42,10 @@ def test_a_hub_id_is_downloaded_and_served(tiny_model_dir: Path, tmp_path: Path)
             assert completed(server)
             assert httpx.get(f"{server.base_url}/models/{hub.repo_id}").json()["id"] == hub.repo_id
             assert any("downloading" in line for line in server.log)
+
+
+def test_a_model_without_weights_is_served(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())
+    with running_server("--model", str(tmp_path), "--load-format", "dummy") as server:
+        assert completed(server) == completed(server)
