@@ -8,6 +8,24 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_DEVICES = {"cuda"}
 
 
+# float8_e4m3fn in registers: NVIDIA's from Ada on. AMD's gfx942 has another float8.
+FLOAT8_CAPABILITY = (8, 9)
+
+
+def uses_float8(*tensors: Tensor) -> bool:
+    """Whether these are float8_e4m3fn on a device whose Triton converts it."""
+    return all(
+        tensor.device.type in TRITON_DEVICES and tensor.dtype == torch.float8_e4m3fn and _converts_float8(tensor.device)
+        for tensor in tensors
+    )
+
+
+def _converts_float8(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+
+
 def uses_triton(*tensors: Tensor) -> bool:
     """Whether these are on a device for which Triton compiles, and of the dtypes that its kernels compute with."""
     return all(tensor.device.type in TRITON_DEVICES and tensor.dtype in TRITON_DTYPES for tensor in tensors)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from llmd_kernels.dispatch import uses_triton
+from llmd_kernels.dispatch import uses_float8, uses_triton
 from llmd_kernels.rope_kv_write import torch_ops
 
 
@@ -21,6 +21,8 @@ def rope_kv_write(
     k_norm: Tensor | None = None,
     norm_eps: float = 0.0,
     norm_weight_offset: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """qkv [T, (num_heads + 2·num_kv_heads)·D] (Q, K, V heads in this order) → rotated Q [T, num_heads, D].
 
@@ -31,8 +33,10 @@ def rope_kv_write(
     rot_dim ≤ D even: the entries behind it pass through. `interleaved` turns the pairs (2i, 2i + 1), otherwise
     (i, rot_dim/2 + i).
     q_norm, k_norm [D] or None: weights of an RMS norm of each head, before the rotation.
+    k_scales, v_scales [num_blocks, num_kv_heads, block_size] float32, for caches of float8_e4m3fn: each token's K and V
+    of each head is divided by its largest magnitude / 448, which is written there.
     """
-    if uses_triton(qkv, k_cache, v_cache):
+    if uses_triton(qkv) and (uses_triton(k_cache, v_cache) or uses_float8(k_cache, v_cache)):
         from llmd_kernels.rope_kv_write import triton_ops
 
         rope_kv_write_here = triton_ops.rope_kv_write
@@ -52,4 +56,6 @@ def rope_kv_write(
         k_norm=k_norm,
         norm_eps=norm_eps,
         norm_weight_offset=norm_weight_offset,
+        k_scales=k_scales,
+        v_scales=v_scales,
     )

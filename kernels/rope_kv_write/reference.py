@@ -4,6 +4,8 @@ from torch import Tensor
 
 from llmd_kernels.rms_norm import reference as rms_norm_reference
 
+LARGEST_FLOAT8 = 448.0
+
 
 def rope_kv_write(
     qkv: Tensor,
@@ -20,6 +22,8 @@ def rope_kv_write(
     k_norm: Tensor | None = None,
     norm_eps: float = 0.0,
     norm_weight_offset: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotate Q and K, write K and V to their slots, return Q [T, num_heads, D]."""
     block_size, head_dim = k_cache.shape[2], k_cache.shape[3]
@@ -35,10 +39,19 @@ def rope_kv_write(
             row = cos_sin[int(positions[t])]
             q, k = rotate(q, row, interleaved=interleaved), rotate(k, row, interleaved=interleaved)
         block, offset = divmod(int(slots[t]), block_size)
-        k_cache[block, :, offset] = k.to(k_cache.dtype)
-        v_cache[block, :, offset] = v.to(v_cache.dtype)
+        for heads, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+            for h, head in enumerate(heads):
+                scale = 1.0 if scales is None else scale_of(head)
+                cache[block, h, offset] = (head / scale).to(cache.dtype)
+                if scales is not None:
+                    scales[block, h, offset] = scale
         q_out[t] = q
     return q_out
+
+
+def scale_of(head: Tensor) -> float:
+    """What brings the largest of a head's numbers to the largest of float8_e4m3fn; 1 where all are zero."""
+    return float(head.abs().max()) / LARGEST_FLOAT8 or 1.0
 
 
 def rotate(heads: Tensor, cos_sin_row: Tensor, *, interleaved: bool) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llmd_kernels.rms_norm import rms_norm
+from llmd_kernels.rope_kv_write.reference import LARGEST_FLOAT8
 
 
 def rope_kv_write(
@@ -21,12 +22,14 @@ def rope_kv_write(
     k_norm: Tensor | None = None,
     norm_eps: float = 0.0,
     norm_weight_offset: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Computed in float32 at least, each output rounded once."""
     block_size, head_dim = k_cache.shape[2:]
-    heads = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
-    wide = heads.to(torch.promote_types(qkv.dtype, torch.float32))
-    qk, v = wide[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    projected = qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
+    wide = projected.to(torch.promote_types(qkv.dtype, torch.float32))
+    qk, v = wide[:, :-num_kv_heads], projected[:, -num_kv_heads:]
     if q_norm is not None or k_norm is not None:
         norms = ((qk[:, :num_heads], q_norm), (qk[:, num_heads:], k_norm))
         qk = torch.cat(
@@ -39,9 +42,19 @@ def rope_kv_write(
     if cos_sin is not None:
         qk = _rotate(qk, cos_sin.index_select(0, positions).to(wide.dtype)[:, None], interleaved=interleaved)
     blocks, offsets = slots // block_size, slots % block_size
-    k_cache[blocks, :, offsets] = qk[:, num_heads:].to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    for heads, cache, scales in ((qk[:, num_heads:], k_cache, k_scales), (v, v_cache, v_scales)):
+        if scales is not None:
+            scale = _scales_of(heads.to(wide.dtype))
+            scales[blocks, :, offsets] = scale.to(scales.dtype)
+            heads = heads.to(wide.dtype) / scale[..., None]
+        cache[blocks, :, offsets] = heads.to(cache.dtype)
     return qk[:, :num_heads].to(qkv.dtype).contiguous()
+
+
+def _scales_of(heads: Tensor) -> Tensor:
+    """[T, H, D] → [T, H]: what brings each head's largest number to the largest of float8_e4m3fn; 1 for zeros."""
+    scales = heads.abs().amax(dim=-1) / LARGEST_FLOAT8
+    return scales.masked_fill(scales == 0, 1.0)
 
 
 def _rotate(heads: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:

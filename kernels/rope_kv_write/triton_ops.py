@@ -29,6 +29,8 @@ def rope_kv_write(
     k_norm: Tensor | None = None,
     norm_eps: float = 0.0,
     norm_weight_offset: float = 0.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Computed in float32, each output rounded once. The caches have the same strides, each head's numbers together."""
     num_tokens, block_size, head_dim = qkv.shape[0], k_cache.shape[2], k_cache.shape[3]
@@ -37,6 +39,8 @@ def rope_kv_write(
             f"caches must be laid out alike, a head's numbers together: strides {k_cache.stride()}"
             f" and {v_cache.stride()}"
         )
+    if k_scales is not None and v_scales is not None and k_scales.stride() != v_scales.stride():
+        raise ValueError(f"scales must be laid out alike: strides {k_scales.stride()} and {v_scales.stride()}")
     if qkv.stride(1) != 1:
         qkv = qkv.contiguous()
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -55,6 +59,8 @@ def rope_kv_write(
             cos_sin,
             q_norm,
             k_norm,
+            k_scales,
+            v_scales,
             norm_eps,
             norm_weight_offset,
             qkv.stride(0),
@@ -62,6 +68,7 @@ def rope_kv_write(
             k_cache.stride(0),
             k_cache.stride(1),
             k_cache.stride(2),
+            *((0, 0, 0) if k_scales is None else k_scales.stride()),
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
@@ -88,6 +95,8 @@ def rope_kv_write_kernel(
     cos_sin,
     q_norm,
     k_norm,
+    k_scales,
+    v_scales,
     eps,
     weight_offset,
     qkv_stride,
@@ -95,6 +104,9 @@ def rope_kv_write_kernel(
     block_stride,
     head_stride,
     slot_stride,
+    scale_block_stride,
+    scale_head_stride,
+    scale_slot_stride,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -125,6 +137,7 @@ def rope_kv_write_kernel(
             q_norm,
             eps,
             weight_offset,
+            None,
             HEAD_DIM,
             ROT_DIM,
             INTERLEAVED,
@@ -134,6 +147,7 @@ def rope_kv_write_kernel(
     else:
         slot = tl.load(slots + token)
         place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
+        scale_place = slot // BLOCK_SIZE * scale_block_stride + slot % BLOCK_SIZE * scale_slot_stride
         if part < Q_PROGRAMS + KV_PROGRAMS:
             heads = (part - Q_PROGRAMS) * HEADS + lanes
             write_heads(
@@ -146,6 +160,7 @@ def rope_kv_write_kernel(
                 k_norm,
                 eps,
                 weight_offset,
+                None if k_scales is None else k_scales + scale_place + heads * scale_head_stride,
                 HEAD_DIM,
                 ROT_DIM,
                 INTERLEAVED,
@@ -156,7 +171,12 @@ def rope_kv_write_kernel(
             heads = (part - Q_PROGRAMS - KV_PROGRAMS) * HEADS + lanes
             columns = tl.arange(0, WHOLE)[None, :]
             mask = (heads < NUM_KV_HEADS) & (columns < HEAD_DIM)
-            v = tl.load(row + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM + columns, mask=mask)
+            v = tl.load(row + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM + columns, mask=mask, other=0.0)
+            if v_scales is not None:
+                v = v.to(tl.float32)
+                scale = scale_of(tl.max(tl.abs(v), axis=1, keep_dims=True))
+                tl.store(v_scales + scale_place + heads * scale_head_stride, scale, mask=heads < NUM_KV_HEADS)
+                v = v / scale
             tl.store(v_cache + place + heads * head_stride + columns, v.to(v_cache.dtype.element_ty), mask=mask)
 
 
@@ -171,27 +191,29 @@ def write_heads(
     norm,
     eps,
     weight_offset,
+    scale_target,
     HEAD_DIM: tl.constexpr,
     ROT_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """source, target, is_head [HEADS, 1]: read each head, norm it (if `norm` is given), turn it, write it."""
+    """source, target, is_head, scale_target [HEADS, 1]: read each head, norm it (if `norm` is given), turn it, scale it
+    for float8 (if `scale_target` is given), write it."""
     rest = ROT_DIM + tl.arange(0, REST)[None, :]
     rest_mask = is_head & (rest < HEAD_DIM)
+    # Without a rotation there are no pairs, with a whole one no rest: both are then a zero that changes nothing.
     if ROT_DIM > 0:
         first, second = load_pairs(source, is_head, ROT_DIM, INTERLEAVED, PAIRS)
+    else:
+        first, second = tl.zeros([is_head.shape[0], 1], tl.float32), tl.zeros([is_head.shape[0], 1], tl.float32)
     if ROT_DIM < HEAD_DIM:
         others = tl.load(source + rest, mask=rest_mask, other=0.0).to(tl.float32)
+    else:
+        others = tl.zeros([is_head.shape[0], 1], tl.float32)
 
     if norm is not None:
-        if ROT_DIM == HEAD_DIM:
-            squares = tl.sum(first * first + second * second, axis=1)
-        elif ROT_DIM == 0:
-            squares = tl.sum(others * others, axis=1)
-        else:
-            squares = tl.sum(first * first + second * second, axis=1) + tl.sum(others * others, axis=1)
+        squares = tl.sum(first * first + second * second, axis=1) + tl.sum(others * others, axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
         if ROT_DIM > 0:
             one = tl.full([1, 1], 1, tl.int1)
@@ -207,10 +229,24 @@ def write_heads(
         pairs = tl.arange(0, PAIRS)[None, :]
         cos = tl.load(angles + pairs, mask=pairs < ROT_DIM // 2, other=0.0).to(tl.float32)
         sin = tl.load(angles + ROT_DIM // 2 + pairs, mask=pairs < ROT_DIM // 2, other=0.0).to(tl.float32)
-        turned_first, turned_second = first * cos - second * sin, second * cos + first * sin
-        store_pairs(target, is_head, turned_first, turned_second, ROT_DIM, INTERLEAVED, PAIRS)
+        first, second = first * cos - second * sin, second * cos + first * sin
+
+    if scale_target is not None:
+        largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1, keep_dims=True)
+        factor = scale_of(tl.maximum(largest, tl.max(tl.abs(others), axis=1, keep_dims=True)))
+        tl.store(scale_target, factor, mask=is_head)
+        first, second, others = first / factor, second / factor, others / factor
+
+    if ROT_DIM > 0:
+        store_pairs(target, is_head, first, second, ROT_DIM, INTERLEAVED, PAIRS)
     if ROT_DIM < HEAD_DIM:
         tl.store(target + rest, others.to(target.dtype.element_ty), mask=rest_mask)
+
+
+@triton.jit
+def scale_of(largest):
+    """What brings the largest magnitude to the largest float8_e4m3fn; 1 for zeros."""
+    return tl.where(largest > 0.0, largest / 448.0, 1.0)
 
 
 @triton.jit

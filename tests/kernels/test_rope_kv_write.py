@@ -128,3 +128,32 @@ def test_bits_of_a_token_do_not_depend_on_the_others() -> None:
         assert torch.equal(k_part, k[rows])
     with threads(2):
         assert torch.equal(run(slice(None))[0], q)
+
+
+def test_float8_caches_hold_each_token_with_a_scale_of_its_own() -> None:
+    k_cache, v_cache = caches(torch.float8_e4m3fn, num_blocks=3)
+    k_scales, v_scales = (
+        torch.full((3, NUM_KV_HEADS, BLOCK_SIZE), torch.nan),
+        torch.full((3, NUM_KV_HEADS, BLOCK_SIZE), torch.nan),
+    )
+    qkv = randn(3, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM).float() * torch.tensor([[1e-6], [1.0], [1e4]])
+    qkv[1, -HEAD_DIM:] = 0
+    slots = torch.tensor([7, 0, 5])
+    rope_kv_write(
+        qkv,
+        positions=torch.arange(3),
+        slots=slots,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        cos_sin=None,
+        k_scales=k_scales,
+        v_scales=v_scales,
+    )
+    kv = qkv.view(3, -1, HEAD_DIM)[:, NUM_HEADS:]
+    for cache, scales, heads in ((k_cache, k_scales, kv[:, :NUM_KV_HEADS]), (v_cache, v_scales, kv[:, NUM_KV_HEADS:])):
+        read = (cache.float() * scales[..., None]).transpose(1, 2).flatten(0, 1)[slots]
+        # half a step of three bits of mantissa, or of the smallest numbers, beside each head's largest
+        assert torch.all((read - heads).abs() <= heads.abs() / 16 + heads.abs().amax(-1, keepdim=True) * 2**-9 / 448)
+        assert scales.isnan().sum() == scales.numel() - 3 * NUM_KV_HEADS

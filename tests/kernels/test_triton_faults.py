@@ -44,8 +44,13 @@ FAULTS: dict[str, list[Fault]] = {
         ("turned backwards", "first * cos - second * sin, second * cos + first", "first * cos + second * sin, second * cos - first"),  # noqa: E501
         ("V is turned into K", "row + (NUM_HEADS + NUM_KV_HEADS + heads)", "row + (NUM_HEADS + heads)"),
         ("heads not masked", "heads < NUM_HEADS,", "heads < NUM_HEADS + 1,"),
+        ("scale of the first half only", "tl.maximum(tl.abs(first), tl.abs(second))", "tl.abs(first)"),
+        ("scale not stored for V", "tl.store(v_scales + scale_place", "tl.store(k_scales + scale_place"),
+        ("scale in the wrong place", "slot % BLOCK_SIZE * scale_slot_stride", "0 * scale_slot_stride"),
+        ("zeros divided by zero", "tl.where(largest > 0.0, largest / 448.0, 1.0)", "largest / 448.0"),
+        ("rest not scaled", "second / factor, others / factor", "second / factor, others"),
         ("rest not normed", "others *= scale", "others *= 0 * scale + 1"),
-        ("rest not written", "mask=rest_mask)\n\n\n@triton.jit\ndef load_pairs", "mask=rest_mask & (rest < 0))\n\n\n@triton.jit\ndef load_pairs"),  # noqa: E501
+        ("rest not written", "mask=rest_mask)\n\n\n@triton.jit\ndef scale_of", "mask=rest_mask & (rest < 0))\n\n\n@triton.jit\ndef scale_of"),  # noqa: E501
     ],
     "linear": [
         ("last block of K forgotten", "range(first, end, BLOCK)", "range(first, end - BLOCK, BLOCK)"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.kernels.proof.interpreter import Launch, interpreted
 
 # Relative and absolute: a rounding to the dtype and a few of float32, which devices take with approximate functions.
-TOLERANCES = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2, torch.float8_e4m3fn: 0.07}
 TRAFFIC_TOLERANCE = 0.05
 
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from llmd_kernels.rope_kv_write import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
+
+CACHES = ("k_cache", "v_cache", "k_scales", "v_scales")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def arguments(
     k_cache = torch.full(
         (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim), torch.nan, dtype=cache_dtype or dtype
     )
+    scales = torch.full(k_cache.shape[:3], torch.nan) if cache_dtype == torch.float8_e4m3fn else None
     return {
         "qkv": randn(num_tokens, shape.row, dtype=dtype),
         "positions": torch.arange(num_tokens).flip(0) * 3,
@@ -71,6 +75,8 @@ def arguments(
         "k_norm": randn(shape.head_dim, dtype=dtype, seed=3) if "k" in shape.norms else None,
         "norm_eps": 1e-5,
         "norm_weight_offset": 1.0 if shape.norms == "qk" else 0.0,
+        "k_scales": scales,
+        "v_scales": None if scales is None else scales.clone(),
     }
 
 
@@ -81,8 +87,12 @@ def cases() -> Iterator[Case]:
                 yield _case(f"{shape.name}, {dtype_name(dtype)}, {num_tokens} tokens", shape, num_tokens, dtype)
     yield _case("float32 into bfloat16", SMALL[0], 3, torch.float32, torch.bfloat16)
     yield _case("bfloat16 into float32", SMALL[2], 3, torch.bfloat16, torch.float32)
+    for shape in SMALL[1:6]:
+        yield _case(f"{shape.name}, float8 cache", shape, 3, torch.bfloat16, torch.float8_e4m3fn)
+    zeros = arguments(SMALL[0], 4, torch.bfloat16, torch.float8_e4m3fn)
+    yield Case("zeros into float8", {**zeros, "qkv": zeros["qkv"] * 0}, in_place=CACHES)
     given = arguments(SMALL[0], 4, torch.bfloat16)
-    yield Case("rows apart", {**given, "qkv": apart(given["qkv"])}, in_place=("k_cache", "v_cache"))
+    yield Case("rows apart", {**given, "qkv": apart(given["qkv"])}, in_place=CACHES[:2])
     for shape in SHIPPED:
         if not shape.norms:
             moved = cost.bytes_moved(
@@ -108,33 +118,33 @@ def _case(
     return Case(
         name,
         arguments(shape, num_tokens, dtype, cache_dtype),
-        in_place=("k_cache", "v_cache"),
+        in_place=CACHES if cache_dtype == torch.float8_e4m3fn else CACHES[:2],
         outputs=["q"] if num_tokens else [],
         bytes_moved=bytes_moved,
         shared_inputs=("cos_sin", "positions", "slots", "q_norm", "k_norm"),
     )
 
 
-def rows(shape: Shape) -> Rows:
-    given = arguments(shape, 7, torch.bfloat16)
+def rows(shape: Shape, cache_dtype: torch.dtype | None = None) -> Rows:
+    given = arguments(shape, 7, torch.bfloat16, cache_dtype)
     row_inputs = {name: given.pop(name) for name in ("qkv", "positions", "slots")}
 
     def run(ids: Tensor) -> tuple[Tensor, ...]:
-        caches = {name: given[name].clone() for name in ("k_cache", "v_cache")}
+        caches = {name: given[name].clone() for name in CACHES if given[name] is not None}
         q = triton_ops.rope_kv_write(**{name: value[ids] for name, value in row_inputs.items()}, **{**given, **caches})
         slots = row_inputs["slots"][ids]
         written = [cache.transpose(1, 2).flatten(0, 1)[slots] for cache in caches.values()]
         return (q, *written)
 
-    return Rows(shape.name, 7, run)
+    return Rows(shape.name if cache_dtype is None else f"{shape.name}, float8 cache", 7, run)
 
 
 def configurations() -> Iterator[Configuration]:
     for shape in SHIPPED:
         for dtype in (torch.bfloat16, torch.float16):
 
-            def call(shape: Shape = shape, dtype: torch.dtype = dtype) -> None:
-                given = arguments(shape, 1, dtype)
+            def call(shape: Shape = shape, dtype: torch.dtype = dtype, cache_dtype: torch.dtype | None = None) -> None:
+                given = arguments(shape, 1, dtype, cache_dtype)
                 tensors = {
                     name: meta(*value.shape, dtype=value.dtype)
                     for name, value in given.items()
@@ -144,12 +154,18 @@ def configurations() -> Iterator[Configuration]:
 
             # Heads come in wide loads; a program's one row of angles and of weights, its position and slot need none.
             yield Configuration(f"{shape.name} {dtype_name(dtype)}", call, vector_share=0.55)
+            yield Configuration(
+                f"{shape.name} {dtype_name(dtype)}, float8 cache",
+                partial(call, cache_dtype=torch.float8_e4m3fn),
+                archs=("sm_90", "sm_100"),
+                vector_share=0.55,
+            )
 
 
 PROOF = Proof(
     triton_ops.rope_kv_write,
     reference.rope_kv_write,
     list(cases()),
-    [rows(shape) for shape in SMALL[:4]],
+    [*(rows(shape) for shape in SMALL[:4]), rows(SMALL[2], torch.float8_e4m3fn)],
     list(configurations()),
 )
