@@ -11,6 +11,7 @@ SECONDS = 1.0
 MIB = 1 << 20
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 
 
@@ -34,6 +35,7 @@ class CacheConfig(Struct, frozen=True, kw_only=True):
     """The paged KV cache."""
 
     block_size: int = 16  # tokens
+    dtype: KvDtype = "auto"  # of keys and values: auto = the model's, fp8 = float8_e4m3fn with a scale a token and head
     memory_bytes: int | None = None  # None = from the memory that is free
     memory_utilization: float = 0.9  # share of a GPU's memory for everything
     prefix_caching: bool = True

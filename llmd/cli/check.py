@@ -17,8 +17,7 @@ from llmd.model.spec import ModelSpec, parse_spec
 from llmd.text.chat_template import ChatTemplate
 from llmd.text.tokenizer import Tokenizer
 
-_FLOAT32_BYTES = 4
-_FLOAT16_BYTES = 2
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
 def check(flags: argparse.Namespace) -> int:
@@ -42,9 +41,12 @@ def report(config: Config, model_dir: Path, spec: ModelSpec) -> list[tuple[str, 
     if config.model.device == "cuda":
         rows.append(("memory", "is worked out when the GPU's memory is known, at the start"))
     else:
+        # on a CPU auto is float32
+        dtype_bytes = _DTYPE_BYTES.get(config.model.dtype, _DTYPE_BYTES["float32"])
         ledger = plan_memory(
             spec,
-            dtype_bytes=_FLOAT16_BYTES if config.model.dtype.endswith("16") else _FLOAT32_BYTES,
+            dtype_bytes=dtype_bytes,
+            kv_dtype_bytes=dtype_bytes if config.cache.dtype == "auto" else _DTYPE_BYTES[config.cache.dtype],
             available_bytes=available_main_memory(),
             on_cpu=True,
             model=config.model,

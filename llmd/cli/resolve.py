@@ -43,6 +43,7 @@ def resolve(flags: argparse.Namespace) -> Config:
     )
     cache = CacheConfig(
         block_size=flags.block_size,
+        dtype="fp8" if flags.kv_cache_dtype == "fp8_e4m3" else flags.kv_cache_dtype,
         memory_bytes=flags.kv_cache_memory_bytes,
         memory_utilization=flags.gpu_memory_utilization,
         prefix_caching=flags.enable_prefix_caching,

@@ -138,6 +138,13 @@ def _add_memory_flags(device: argparse._ArgumentGroup) -> None:
         "what is left of its share)",
     )
     device.add_argument(
+        "--kv-cache-dtype",
+        choices=(*_DTYPES, "fp8", "fp8_e4m3"),
+        default="auto",
+        help="number format of keys and values; fp8 holds twice to four times the tokens and rounds them to three bits "
+        "of mantissa, with a scale for each token and head (default: auto, as --dtype)",
+    )
+    device.add_argument(
         "--block-size", type=_block_size, default=16, metavar="N", help="tokens a KV block (default: 16)"
     )
     device.add_argument(

@@ -43,9 +43,19 @@ class Attention:
             k_norm=self.k_norm.weight if self.k_norm and self.norm_by_head else None,
             norm_eps=self.q_norm.eps if self.q_norm else 0.0,
             norm_weight_offset=self.q_norm.weight_offset if self.q_norm else 0.0,
+            k_scales=cache.k_scales,
+            v_scales=cache.v_scales,
         )
         out = paged_attention(
-            q, cache.k, cache.v, inputs.attention, scale=self.scale, window=self.window, soft_cap=self.soft_cap
+            q,
+            cache.k,
+            cache.v,
+            inputs.attention,
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            k_scales=cache.k_scales,
+            v_scales=cache.v_scales,
         )
         return self.o(out.flatten(1))
 

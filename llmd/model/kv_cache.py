@@ -17,6 +17,8 @@ class LayerCache:
 
     k: Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
     v: Tensor  # the same
+    k_scales: Tensor | None  # [num_blocks, num_kv_heads, block_size] float32, where k and v are float8
+    v_scales: Tensor | None  # the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,15 @@ def allocate_kv_cache(
     """A cache of zeros. On a CPU a page of it takes memory only once it is written to."""
     num_kv_heads = len(units_of(rank or Rank(), spec.num_kv_heads, "attention"))
     shape = (num_blocks, num_kv_heads, block_size, spec.head_dim)
-    layers = tuple(LayerCache(k=_zeros(shape, dtype, device), v=_zeros(shape, dtype, device)) for _ in spec.layers)
+
+    def layer() -> LayerCache:
+        k, v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        if dtype.itemsize > 1:
+            return LayerCache(k, v, k_scales=None, v_scales=None)
+        k_scales, v_scales = _zeros(shape[:3], torch.float32, device), _zeros(shape[:3], torch.float32, device)
+        return LayerCache(k, v, k_scales=k_scales, v_scales=v_scales)
+
+    layers = tuple(layer() for _ in spec.layers)
     return KvCache(layers=layers, num_blocks=num_blocks, block_size=block_size)
 
 

@@ -60,6 +60,7 @@ def plan_memory(
     spec: ModelSpec,
     *,
     dtype_bytes: int,
+    kv_dtype_bytes: int,
     available_bytes: int,
     on_cpu: bool,
     model: ModelConfig,
@@ -81,7 +82,7 @@ def plan_memory(
         max_num_logits=scheduler.max_num_seqs,
         dtype_bytes=dtype_bytes,
     )
-    block_bytes = cache.block_size * kv_bytes_per_token(spec, dtype_bytes=dtype_bytes)
+    block_bytes = cache.block_size * kv_bytes_per_token(spec, dtype_bytes=kv_dtype_bytes)
     usable = available_bytes if on_cpu else int(available_bytes * cache.memory_utilization)
     left = usable - weights - activations
     if num_blocks is None:
@@ -119,7 +120,7 @@ def _useful_blocks(max_model_len: int, cache: CacheConfig, scheduler: SchedulerC
 
 
 def _does_not_fit(weights: int, activations: int, kv_cache: int, available: int, cache: CacheConfig) -> str:
-    remedy = "a smaller model, --dtype bfloat16 or a smaller --max-num-batched-tokens"
+    remedy = "a smaller model, --dtype bfloat16, --kv-cache-dtype fp8 or a smaller --max-num-batched-tokens"
     if cache.memory_bytes is not None:
         remedy = f"a smaller --kv-cache-memory-bytes (it is {cache.memory_bytes}), " + remedy
     return (

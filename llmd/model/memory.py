@@ -31,9 +31,13 @@ def rope_bytes(spec: ModelSpec, *, max_model_len: int) -> int:
 
 
 def kv_bytes_per_token(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ONE_RANK) -> int:
-    """Keys and values of one token in all layers of the rank. Layers with a window keep as much as the others."""
+    """Keys and values of one token in all layers of the rank. Layers with a window keep as much as the others.
+
+    Numbers of one byte have a float32 scale beside each head.
+    """
     num_kv_heads = len(units_of(rank, spec.num_kv_heads, "attention"))
-    return 2 * len(spec.layers) * num_kv_heads * spec.head_dim * dtype_bytes
+    head_bytes = spec.head_dim * dtype_bytes + (FLOAT32_BYTES if dtype_bytes == 1 else 0)
+    return 2 * len(spec.layers) * num_kv_heads * head_bytes
 
 
 def activation_bytes(spec: ModelSpec, *, max_num_tokens: int, max_num_logits: int, dtype_bytes: int) -> int:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from llmd.config import Dtype
+from llmd.config import Dtype, KvDtype
 from llmd.errors import StartupFailed
 from llmd.machine import available_main_memory
 
@@ -26,6 +26,15 @@ def choose_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, wanted)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def choose_kv_dtype(wanted: KvDtype, dtype: torch.dtype) -> torch.dtype:
+    """The precision of keys and values; `dtype` is the activations'."""
+    if wanted == "auto":
+        return dtype
+    chosen = torch.float8_e4m3fn if wanted == "fp8" else getattr(torch, wanted)
+    assert isinstance(chosen, torch.dtype)
+    return chosen
 
 
 def available_memory(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from llmd.model.spec import load_spec
 from llmd.protocol.control import ChildProgress, ChildReady, Line, Stage
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.steps import EngineToWorker, RankReady
-from llmd.worker.device import available_memory, choose_device, choose_dtype
+from llmd.worker.device import available_memory, choose_device, choose_dtype, choose_kv_dtype
 from llmd.worker.runner import Runner
 
 _RECEIVE_SIZE = 1 << 18  # bytes
@@ -33,11 +33,13 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
     if device.type == "cpu":
         torch.set_num_threads(config.model.threads or num_free_cores())
 
+    kv_dtype = choose_kv_dtype(config.cache.dtype, dtype)
     model_dir = Path(config.model_dir)
     spec = load_spec(model_dir)
     memory = plan_memory(
         spec,
         dtype_bytes=dtype.itemsize,
+        kv_dtype_bytes=kv_dtype.itemsize,
         available_bytes=available_memory(device),
         on_cpu=device.type == "cpu",
         model=config.model,
@@ -59,7 +61,7 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
         )
         # one block more than the scheduler knows of: padding tokens write there
         kv = allocate_kv_cache(
-            spec, num_blocks=memory.num_blocks + 1, block_size=config.cache.block_size, dtype=dtype, device=device
+            spec, num_blocks=memory.num_blocks + 1, block_size=config.cache.block_size, dtype=kv_dtype, device=device
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartupFailed(f"the memory for weights and KV cache is not there: {error}") from error

@@ -17,7 +17,16 @@ PADDING_BLOCK = 0
 class PagedSequences:
     """Sequences with shuffled block tables over one cache. Remembers only how many tokens of each have run."""
 
-    def __init__(self, decoder: Decoder, *, num_seqs: int, max_len: int, block_size: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_seqs: int,
+        max_len: int,
+        block_size: int = 4,
+        seed: int = 0,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         blocks_each = -(-max_len // block_size)
         blocks = list(range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + num_seqs * blocks_each))
         random.Random(seed).shuffle(blocks)
@@ -29,7 +38,7 @@ class PagedSequences:
             decoder.spec,
             num_blocks=len(blocks) + 1,
             block_size=block_size,
-            dtype=decoder.dtype,
+            dtype=kv_dtype or decoder.dtype,
             device=decoder.device,
         )
 
@@ -69,15 +78,19 @@ class PagedSequences:
         )
 
 
-def logits_in_one_step(decoder: Decoder, sequences: list[list[int]]) -> list[Tensor]:
-    run = PagedSequences(decoder, num_seqs=len(sequences), max_len=max(map(len, sequences)))
+def logits_in_one_step(
+    decoder: Decoder, sequences: list[list[int]], *, kv_dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    run = PagedSequences(decoder, num_seqs=len(sequences), max_len=max(map(len, sequences)), kv_dtype=kv_dtype)
     logits = run.step(dict(enumerate(sequences)))
     return [logits[s] for s in range(len(sequences))]
 
 
-def logits_in_chunks(decoder: Decoder, sequences: list[list[int]], sizes: Sequence[int]) -> list[Tensor]:
+def logits_in_chunks(
+    decoder: Decoder, sequences: list[list[int]], sizes: Sequence[int], *, kv_dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """Every sequence in chunks of these sizes in turn; the last size goes on until the end."""
-    run = PagedSequences(decoder, num_seqs=len(sequences), max_len=max(map(len, sequences)), seed=1)
+    run = PagedSequences(decoder, num_seqs=len(sequences), max_len=max(map(len, sequences)), seed=1, kv_dtype=kv_dtype)
     logits: list[list[Tensor]] = [[] for _ in sequences]
     sizes = list(sizes)
     while any(run.lens[s] < len(ids) for s, ids in enumerate(sequences)):

@@ -30,11 +30,13 @@ def plan(
     on_cpu: bool = True,
     max_model_len: int | None = None,
     num_blocks: int | None = None,
+    kv_dtype_bytes: int = 2,
     **cache: Any,
 ) -> MemoryLedger:
     return plan_memory(
         SPEC,
         dtype_bytes=2,
+        kv_dtype_bytes=kv_dtype_bytes,
         available_bytes=int(available),
         on_cpu=on_cpu,
         model=ModelConfig(cache_dir="", served_names=("m",), max_model_len=max_model_len),
@@ -50,6 +52,14 @@ def test_everything_adds_up() -> None:
     # the cache that is allocated has one block more than the scheduler uses
     block = ledger.block_size * kv_bytes_per_token(SPEC, dtype_bytes=2)
     assert ledger.kv_cache == (ledger.num_blocks + 1) * block
+
+
+def test_a_cache_of_one_byte_a_number_holds_nearly_twice_as_many_tokens() -> None:
+    usual, small = plan(5 * GIB), plan(5 * GIB, kv_dtype_bytes=1)
+    # a float32 scale beside 64 numbers
+    assert small.num_blocks / usual.num_blocks == pytest.approx(128 / 68, rel=0.01)
+    block = small.block_size * kv_bytes_per_token(SPEC, dtype_bytes=1)
+    assert small.kv_cache == (small.num_blocks + 1) * block
 
 
 def test_enough_memory_reduces_nothing() -> None:
