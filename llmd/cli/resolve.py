@@ -10,9 +10,10 @@ from llmd.errors import StartupFailed
 from llmd.fetch.source import DEMO_MODEL_NAME, default_cache_dir
 from llmd.server.api_keys import key_digest, key_fault, read_key_file
 
-# A step on a CPU takes about 4 ms a token: more tokens would make everyone's next token wait too long.
-_CPU_STEP_TOKENS = 256
-_GPU_STEP_TOKENS = 2048
+# (sequences at once, tokens a step). On a CPU a token takes about 4 ms: more of them would make everyone's next token
+# wait too long. On a GPU the weights that a step reads serve 256 sequences in the time of one.
+_CPU_LIMITS = (64, 256)
+_GPU_LIMITS = (256, 2048)
 # as many as one request may have; a server that runs more at once must let them all come in at once too
 _QUEUED_REQS = 1024
 
@@ -48,14 +49,16 @@ def resolve(flags: argparse.Namespace) -> Config:
         memory_utilization=flags.gpu_memory_utilization,
         prefix_caching=flags.enable_prefix_caching,
     )
-    step_tokens = flags.max_num_batched_tokens or max(_step_tokens(flags.device), 2 * flags.max_num_seqs)
-    if step_tokens < flags.max_num_seqs:
+    usual_seqs, usual_step_tokens = _GPU_LIMITS if _has_gpu(flags.device) else _CPU_LIMITS
+    max_num_seqs = flags.max_num_seqs or min(usual_seqs, flags.max_num_batched_tokens or usual_seqs)
+    step_tokens = flags.max_num_batched_tokens or max(usual_step_tokens, 2 * max_num_seqs)
+    if step_tokens < max_num_seqs:
         raise StartupFailed(
-            f"--max-num-batched-tokens {step_tokens} is less than --max-num-seqs {flags.max_num_seqs}: a step could "
+            f"--max-num-batched-tokens {step_tokens} is less than --max-num-seqs {max_num_seqs}: a step could "
             "not give every running sequence its next token"
         )
     scheduler = SchedulerConfig(
-        max_num_seqs=flags.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=step_tokens,
         policy=flags.scheduling_policy,
     )
@@ -66,7 +69,7 @@ def resolve(flags: argparse.Namespace) -> Config:
         keep_alive_timeout=flags.keep_alive_timeout,
         drain_timeout=flags.drain_timeout,
         max_logprobs=flags.max_logprobs,
-        max_num_queued_reqs=flags.max_num_queued_reqs or max(_QUEUED_REQS, 4 * flags.max_num_seqs),
+        max_num_queued_reqs=flags.max_num_queued_reqs or max(_QUEUED_REQS, 4 * max_num_seqs),
         max_num_queued_tokens=flags.max_num_queued_tokens,
         api_key_digests=_api_key_digests(flags.api_key or []),
         api_key_file=_api_key_file(flags.api_key_file),
@@ -186,7 +189,6 @@ def _check_tls(http: HttpConfig) -> None:
         raise StartupFailed(str(error)) from error
 
 
-def _step_tokens(device: str) -> int:
+def _has_gpu(device: str) -> bool:
     # the real question, "does torch see a GPU", would cost the import of torch here
-    has_gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
-    return _GPU_STEP_TOKENS if has_gpu else _CPU_STEP_TOKENS
+    return device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())

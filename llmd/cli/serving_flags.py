@@ -159,9 +159,8 @@ def _add_scheduling_flags(scheduling: argparse._ArgumentGroup) -> None:
     scheduling.add_argument(
         "--max-num-seqs",
         type=_at_least(1, int),
-        default=64,
         metavar="N",
-        help="sequences that run at once (default: 64)",
+        help="sequences that run at once (default: 64 on a CPU, 256 on a GPU)",
     )
     scheduling.add_argument(
         "--max-num-batched-tokens",

@@ -117,8 +117,15 @@ def test_a_chat_template_is_a_file_or_its_text(tmp_path: Path) -> None:
 
 def test_a_step_must_hold_every_running_sequence() -> None:
     with pytest.raises(StartupFailed, match="--max-num-seqs 64"):
-        config("--max-num-batched-tokens", "32")
+        config("--max-num-batched-tokens", "32", "--max-num-seqs", "64")
+    assert config("--max-num-batched-tokens", "32").scheduler.max_num_seqs == 32
     assert config("--max-num-seqs", "1000").scheduler.max_num_batched_tokens >= 1000
+
+
+def test_a_gpu_runs_more_at_once() -> None:
+    on_cpu, on_gpu = config("--device", "cpu").scheduler, config("--device", "cuda").scheduler
+    assert (on_cpu.max_num_seqs, on_cpu.max_num_batched_tokens) == (64, 256)
+    assert (on_gpu.max_num_seqs, on_gpu.max_num_batched_tokens) == (256, 2048)
 
 
 def test_keys_leave_the_command_line_as_digests_only(tmp_path: Path) -> None:
