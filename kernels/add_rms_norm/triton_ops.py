@@ -36,7 +36,7 @@ def add_rms_norm(
     return normed, new_residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def add_rms_norm_kernel(
     x,
     residual,

@@ -78,7 +78,7 @@ def tile(num_tokens: int) -> tuple[int, int, int, int]:
     return (64, tokens, 4, 5) if tokens <= 64 else (128, tokens, 8, 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def linear_kernel(
     x,
     weight,
@@ -147,7 +147,7 @@ def tile_of(program, num_output_tiles, num_token_tiles, GROUP_SIZE: tl.constexpr
     return within // size, group * GROUP_SIZE + within % size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def add_spans_kernel(partials, bias, y, num_tokens, num_outputs, SPANS: tl.constexpr, BLOCK: tl.constexpr):
     """partials [SPANS, T, N] float32 → y [T, N]: spans added in order, then the bias. Grid: (T, blocks of N)."""
     token = tl.program_id(0).to(tl.int64)

@@ -52,7 +52,7 @@ def tile(hidden_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return block, rows_per_program, num_warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x,
     weight,
