@@ -43,14 +43,23 @@ def compiled_for(arch: str) -> Iterator[list[Compiled]]:
         code = binary.asm["cubin"] if arch.startswith("sm_") else binary.asm["amdgcn"].encode()
         compiled.append(Compiled(kernel.fn.__name__, arch, code, binary.metadata.num_warps, binary.metadata.shared))
 
-    real_driver = driver._active
     JITFunction.run = run  # type: ignore[method-assign]
+    try:
+        with absent_gpu(arch):
+            yield compiled
+    finally:
+        JITFunction.run = real_run  # type: ignore[method-assign]
+
+
+@contextmanager
+def absent_gpu(arch: str) -> Iterator[None]:
+    """Inside, Triton finds a driver for a GPU of this architecture, which can compile and not launch."""
+    real_driver = driver._active
     driver.set_active(_AbsentGpu(arch))
     try:
-        yield compiled
+        yield
     finally:
         driver._active = real_driver
-        JITFunction.run = real_run  # type: ignore[method-assign]
 
 
 class _AbsentGpu:

@@ -1,0 +1,53 @@
+"""Kernels compiled before anything is launched: all at once, none twice, and found again by the next process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from llmd_kernels import add_rms_norm, dispatch, gated_mul, linear
+from llmd_kernels.compile_ahead import compiling_ahead
+from tests.kernels.proof.compiler import absent_gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+def work() -> Tensor:
+    x = torch.empty(24, 192, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(384, 192, dtype=torch.bfloat16, device="meta")
+    normed, _ = add_rms_norm(x, x, weight[0], 1e-5)
+    return gated_mul(linear(normed, weight), "silu")
+
+
+def compiled_into(folder: Path) -> list[Path]:
+    """The kernels that the work needs and `folder` lacked."""
+    before = set(folder.rglob("*.cubin"))
+    with absent_gpu("sm_90"), knobs.cache.scope():
+        knobs.cache.dir = str(folder)
+        with compiling_ahead(num_threads=2) as launched:
+            assert work().shape == (24, 192)
+            assert work().shape == (24, 192)
+        assert launched == ["add_rms_norm_kernel", "linear_kernel", "gated_mul_kernel"] * 2
+    return sorted(set(folder.rglob("*.cubin")) - before)
+
+
+def test_each_kernel_is_compiled_once_and_for_all_processes(tmp_path: Path) -> None:
+    program = f"from tests.kernels.test_compile_ahead import *; print(len(compiled_into(Path({str(tmp_path)!r}))))"
+    numbers = [
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert numbers == ["3\n", "0\n"]
+
+
+def test_afterwards_nothing_is_changed() -> None:
+    launch = JITFunction.run
+    with absent_gpu("sm_90"), pytest.raises(ZeroDivisionError), compiling_ahead(num_threads=1):
+        1 / 0  # noqa: B018
+    assert JITFunction.run is launch
+    assert {"cuda"} == dispatch.TRITON_DEVICES
