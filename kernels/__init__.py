@@ -7,11 +7,13 @@ from which source, within which limits.
 """
 
 from llmd_kernels.add_rms_norm import add_rms_norm
+from llmd_kernels.experts import experts
 from llmd_kernels.gated_mul import gated_mul
 from llmd_kernels.linear import linear, pack_weight
 from llmd_kernels.paged_attention import AttentionBatch, paged_attention
 from llmd_kernels.rms_norm import rms_norm
 from llmd_kernels.rope_kv_write import rope_kv_write
+from llmd_kernels.route import route
 from llmd_kernels.sample import RowSampling, SampledTokens, SamplingBatch, sample
 from llmd_kernels.token_logprobs import TokenLogprobs, token_logprobs
 from llmd_kernels.top_tokens import top_tokens
@@ -23,12 +25,14 @@ __all__ = [
     "SamplingBatch",
     "TokenLogprobs",
     "add_rms_norm",
+    "experts",
     "gated_mul",
     "linear",
     "pack_weight",
     "paged_attention",
     "rms_norm",
     "rope_kv_write",
+    "route",
     "sample",
     "token_logprobs",
     "top_tokens",

@@ -12,7 +12,7 @@ BLOCK = 2048
 NUM_WARPS = 4
 
 
-def gated_mul(gate_up: Tensor, activation: Literal["silu", "gelu_tanh", "gelu"]) -> Tensor:
+def gated_mul(gate_up: Tensor, activation: Literal["silu", "gelu_tanh", "gelu", "clamped_silu"]) -> Tensor:
     """Computed in float32, rounded once."""
     num_rows, intermediate_size = gate_up.shape[0], gate_up.shape[1] // 2
     if gate_up.stride(1) != 1:
@@ -39,12 +39,23 @@ def gated_mul_kernel(gate_up, y, stride, SIZE: tl.constexpr, ACTIVATION: tl.cons
     mask = columns < SIZE
     gate = tl.load(gate_up + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * SIZE + columns, gated(gate, up, ACTIVATION), mask=mask)
+
+
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """activation(gate) · up, float32 numbers of any shape."""
     if ACTIVATION == "silu":
         activated = gate / (1.0 + tl.exp(-gate))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 is the logistic function of 2u; 1.5957691 = 2 · sqrt(2 / pi).
         activated = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+    elif ACTIVATION == "clamped_silu":
+        # A minimum would hide what is not a number.
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        activated = gate / (1.0 + tl.exp(-1.702 * gate))
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
     else:
         tl.static_assert(ACTIVATION == "gelu")
         activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(y + row * SIZE + columns, activated * up, mask=mask)
+    return activated * up

@@ -10,7 +10,7 @@ from llmd_kernels.gated_mul import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "clamped_silu"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
