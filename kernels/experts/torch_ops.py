@@ -30,7 +30,7 @@ def experts(
     by_expert = expert_ids.flatten().sort(stable=True).indices
     counts = torch.bincount(expert_ids.flatten() + 1, minlength=num_experts + 1).tolist()
     chosen_y = x.new_zeros(num_tokens * num_chosen, x.shape[1])
-    for expert, rows in enumerate(by_expert.split(counts), start=-1):
+    for expert, rows in enumerate(torch.split(by_expert, counts), start=-1):
         if expert >= 0 and len(rows):
             inner = linear(
                 x[rows // num_chosen], gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert]

@@ -1,8 +1,16 @@
 """The operations that have a Triton kernel, and so a proof."""
 
 from tests.kernels.proof.checks import Proof
-from tests.kernels.proof.operations import add_rms_norm, gated_mul, linear, paged_attention, rms_norm, rope_kv_write
+from tests.kernels.proof.operations import (
+    add_rms_norm,
+    gated_mul,
+    linear,
+    paged_attention,
+    rms_norm,
+    rope_kv_write,
+    route,
+)
 
 PROOFS: tuple[Proof, ...] = tuple(
-    module.PROOF for module in (rms_norm, add_rms_norm, gated_mul, rope_kv_write, linear, paged_attention)
+    module.PROOF for module in (rms_norm, add_rms_norm, gated_mul, rope_kv_write, linear, paged_attention, route)
 )
