@@ -24,7 +24,7 @@ def experts(
     y[t] = sum over c of weights[t, c] · MLP of expert expert_ids[t, c] (x[t]), added in float32 in the order of c,
     rounded once. An MLP is down · `gated_mul`(gate_up · x + gate_up_bias, activation) + down_bias, with the part of its
     expert in gate_up [E, 2·I, H] (the gate's rows, then up's), down [E, H, I], gate_up_bias [E, 2·I], down_bias [E, H].
-    An id of −1 stands for no expert and adds nothing; other ids must be in [0, E).
+    An id outside of [0, E), such as that of another rank's expert, stands for no expert and adds nothing.
 
     A row of the result is bitwise the same whatever the other rows are and however many there are. On a GPU 16-bit
     floats need no word from the device to the host; float32, which goes through PyTorch there, does.

@@ -23,7 +23,7 @@ def experts(
     y = torch.zeros_like(x)
     for token, chosen in enumerate(expert_ids.tolist()):
         for choice, expert in enumerate(chosen):
-            if expert < 0:
+            if not 0 <= expert < len(down):
                 continue
             inner = linear(
                 x[token : token + 1], gate_up[expert], None if gate_up_bias is None else gate_up_bias[expert]

@@ -26,7 +26,9 @@ def experts(
     num_tokens, num_chosen = expert_ids.shape
     num_experts = gate_up.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    # Rows of one choice each, ordered by expert: that of no expert comes first, and its rows stay zero.
+    is_chosen = (expert_ids >= 0) & (expert_ids < num_experts)
+    expert_ids, weights = expert_ids.masked_fill(~is_chosen, -1), weights.masked_fill(~is_chosen, 0)
+    # Choices ordered by expert; those of no expert come first, and their rows stay zero.
     by_expert = expert_ids.flatten().sort(stable=True).indices
     counts = torch.bincount(expert_ids.flatten() + 1, minlength=num_experts + 1).tolist()
     chosen_y = x.new_zeros(num_tokens * num_chosen, x.shape[1])
@@ -37,7 +39,6 @@ def experts(
             )
             outer = linear(gated_mul(inner, activation), down[expert], None if down_bias is None else down_bias[expert])
             chosen_y[rows] = outer
-    weights = weights.masked_fill(expert_ids < 0, 0)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
     for choice in range(num_chosen):
         y += weights[:, choice, None] * chosen_y[choice::num_chosen]

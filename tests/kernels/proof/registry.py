@@ -3,6 +3,7 @@
 from tests.kernels.proof.checks import Proof
 from tests.kernels.proof.operations import (
     add_rms_norm,
+    experts,
     gated_mul,
     linear,
     paged_attention,
@@ -12,5 +13,6 @@ from tests.kernels.proof.operations import (
 )
 
 PROOFS: tuple[Proof, ...] = tuple(
-    module.PROOF for module in (rms_norm, add_rms_norm, gated_mul, rope_kv_write, linear, paged_attention, route)
+    module.PROOF
+    for module in (rms_norm, add_rms_norm, gated_mul, rope_kv_write, linear, paged_attention, route, experts)
 )

@@ -1,0 +1,129 @@
+"""The proof of `experts` in Triton."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmd_kernels.experts import cost, reference, triton_ops
+from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
+from tests.kernels.proof.inputs import apart, dtype_name, meta, randn
+
+# (hidden size, intermediate size, experts, chosen, activation) of Mixtral-8x7B, Qwen3-30B-A3B, gpt-oss-20b.
+SHIPPED = {
+    "Mixtral-8x7B": (4096, 14336, 8, 2, "silu"),
+    "Qwen3-30B-A3B": (2048, 768, 128, 8, "silu"),
+    "gpt-oss-20b": (2880, 2880, 32, 4, "clamped_silu"),
+}
+NUM_TOKENS = (1, 16, 64, 256, 1024, 4096)
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+
+def stacks(
+    num_experts: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype, *, has_bias: bool = False
+) -> dict[str, Any]:
+    """Weights of one layer."""
+    gate_up = randn(num_experts, 2 * intermediate_size, hidden_size, seed=1) / hidden_size**0.5
+    down = randn(num_experts, hidden_size, intermediate_size, seed=2) / intermediate_size**0.5
+    return {
+        "gate_up": gate_up.to(dtype),
+        "down": down.to(dtype),
+        "activation": "clamped_silu" if has_bias else "silu",
+        "gate_up_bias": randn(num_experts, 2 * intermediate_size, dtype=dtype, seed=3) if has_bias else None,
+        "down_bias": randn(num_experts, hidden_size, dtype=dtype, seed=4) if has_bias else None,
+    }
+
+
+def choices(num_tokens: int, num_experts: int, num_chosen: int) -> dict[str, Tensor]:
+    """Different experts for each token, some of them much more often than others, and now and then none."""
+    liked = randn(num_tokens, num_experts, seed=5) - torch.arange(num_experts) / 2
+    expert_ids = liked.argsort(dim=-1, descending=True)[:, :num_chosen].int()
+    expert_ids[2::4, 0] = -1
+    expert_ids[5::4, -1] = num_experts
+    return {"expert_ids": expert_ids, "weights": randn(num_tokens, num_chosen, seed=6).abs()}
+
+
+def case(
+    name: str, num_tokens: int, num_chosen: int, sizes: tuple[int, int, int], dtype: torch.dtype, **options: Any
+) -> Case:
+    num_experts, hidden_size, _ = sizes
+    has_bias = options.pop("has_bias", False)
+    arguments = {
+        "x": randn(num_tokens, hidden_size, dtype=dtype),
+        **choices(num_tokens, num_experts, num_chosen),
+        **stacks(*sizes, dtype, has_bias=has_bias),
+    }
+    return Case(name, arguments | options.pop("arguments", {}), **options)
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for num_tokens, num_chosen, sizes in (
+            (0, 2, (4, 64, 32)),
+            (1, 1, (1, 16, 8)),
+            (3, 2, (5, 100, 70)),
+            (40, 3, (4, 64, 66)),
+        ):
+            name = f"{dtype_name(dtype)} {num_tokens} tokens, {num_chosen} of {'×'.join(map(str, sizes))}"
+            yield case(name, num_tokens, num_chosen, sizes, dtype, has_bias=num_tokens % 2 == 1)
+    nobody = {"expert_ids": torch.full((3, 2), -1, dtype=torch.int32), "weights": torch.full((3, 2), torch.nan)}
+    yield case("nobody is chosen", 3, 2, (4, 32, 16), torch.bfloat16, arguments=nobody)
+    yield case("rows apart", 3, 2, (4, 32, 16), torch.bfloat16, arguments={"x": apart(randn(3, 32).bfloat16())})
+    everybody = {"expert_ids": torch.tensor([[1, 3], [3, 6]], dtype=torch.int32)}
+    yield case(
+        "weights of who is chosen are read once",
+        2,
+        2,
+        (8, 512, 256),
+        torch.bfloat16,
+        arguments=everybody,
+        bytes_moved=cost.bytes_moved(2, 2, 3, 512, 256, itemsize=2),
+        shared_inputs=["x", "inner", "expert_ids", "tiles", "order", "chosen_y"],
+    )
+
+
+def rows(num_tokens: int, num_chosen: int, sizes: tuple[int, int, int]) -> Rows:
+    """More choices of one expert than the narrowest tile holds, so that tiles of several widths come about."""
+    num_experts, hidden_size, _ = sizes
+    x, layer = randn(num_tokens, hidden_size).bfloat16(), stacks(*sizes, torch.bfloat16, has_bias=True)
+    chosen = choices(num_tokens, num_experts, num_chosen)
+
+    def run(ids: Tensor) -> tuple[Tensor, ...]:
+        return (triton_ops.experts(x[ids], chosen["expert_ids"][ids], chosen["weights"][ids], **layer),)
+
+    return Rows(f"{num_tokens} tokens, {num_chosen} of {num_experts}", num_tokens, run)
+
+
+def configurations() -> Iterator[Configuration]:
+    for name, (hidden_size, intermediate_size, num_experts, num_chosen, activation) in SHIPPED.items():
+        for num_tokens in NUM_TOKENS:
+
+            def call(
+                sizes: tuple[int, int, int, int] = (hidden_size, intermediate_size, num_experts, num_chosen),
+                num_tokens: int = num_tokens,
+                activation: Any = activation,
+            ) -> None:
+                hidden_size, intermediate_size, num_experts, num_chosen = sizes
+                has_bias = activation == "clamped_silu"
+                triton_ops.experts(
+                    meta(num_tokens, hidden_size, dtype=torch.bfloat16),
+                    meta(num_tokens, num_chosen, dtype=torch.int32),
+                    meta(num_tokens, num_chosen, dtype=torch.float32),
+                    meta(num_experts, 2 * intermediate_size, hidden_size, dtype=torch.bfloat16),
+                    meta(num_experts, hidden_size, intermediate_size, dtype=torch.bfloat16),
+                    activation,
+                    meta(num_experts, 2 * intermediate_size, dtype=torch.bfloat16) if has_bias else None,
+                    meta(num_experts, hidden_size, dtype=torch.bfloat16) if has_bias else None,
+                )
+
+            yield Configuration(f"{name} {num_tokens} tokens", call, matrix=MATRIX)
+
+
+PROOF = Proof(
+    triton_ops.experts,
+    reference.experts,
+    list(cases()),
+    [rows(70, 2, (4, 72, 40)), rows(20, 3, (5, 130, 66))],
+    list(configurations()),
+)
