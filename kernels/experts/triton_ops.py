@@ -44,7 +44,7 @@ def experts(
     x = x if x.stride(1) == 1 else x.contiguous()
     expert_ids, weights, gate_up, down = (part.contiguous() for part in (expert_ids, weights, gate_up, down))
     columns = tile_columns(num_choices, num_experts)
-    order, tiles = group(expert_ids, num_experts, columns)
+    order, places, tiles = group(expert_ids, num_experts, columns)
     num_tiles = tiles.shape[1]
 
     inner = torch.empty(num_choices, intermediate_size, dtype=x.dtype, device=x.device)
@@ -75,7 +75,6 @@ def experts(
         inner,
         down,
         down_bias,
-        order,
         tiles,
         chosen_y,
         num_tiles,
@@ -89,14 +88,14 @@ def experts(
         num_stages=num_stages,
     )
     add_chosen_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
-        chosen_y, expert_ids, weights, y, num_experts, hidden_size, NUM_CHOSEN=num_chosen, BLOCK=1024, num_warps=4
+        chosen_y, places, weights, y, hidden_size, NUM_CHOSEN=num_chosen, BLOCK=1024, num_warps=2
     )
     return y
 
 
 def tile_columns(num_choices: int, num_experts: int) -> int:
     """Choices of a tile: twice an expert's share, so that most experts' weights are read once. No bit depends on it."""
-    return min(max(16, triton.next_power_of_2(triton.cdiv(2 * num_choices, num_experts))), 128)
+    return min(max(16, int(triton.next_power_of_2(triton.cdiv(2 * num_choices, num_experts)))), 128)
 
 
 def gate_up_tile(columns: int) -> tuple[int, int, int]:
@@ -109,20 +108,21 @@ def down_tile(columns: int) -> tuple[int, int, int]:
     return (64, 4, 5) if columns <= 64 else (128, 8, 3)
 
 
-def group(expert_ids: Tensor, num_experts: int, columns: int) -> tuple[Tensor, Tensor]:
-    """expert_ids [T, C] → (order [T·C]: the choices ordered by expert, then number; tiles [3, most that can be]).
+def group(expert_ids: Tensor, num_experts: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """expert_ids [T, C] → (order [T·C]: choices by expert, then number; places [T·C] in it; tiles [3, most possible]).
 
     A tile is (expert, first, end): that many places in `order`, at most `columns`, all of one expert. Tiles beyond the
-    last one have expert −1. Choices of no expert have no place; what `order` holds behind the others is undefined.
+    last one have expert −1, choices of no expert have place −1; what `order` holds behind the others is undefined.
     """
     num_choices = expert_ids.numel()
     # Each expert can leave one tile that is not full.
     num_tiles = min(num_choices, (num_choices + min(num_experts, num_choices) * (columns - 1)) // columns)
-    order = torch.empty(num_choices, dtype=torch.int32, device=expert_ids.device)
+    order, places = torch.empty(2, num_choices, dtype=torch.int32, device=expert_ids.device)
     tiles = torch.empty(3, num_tiles, dtype=torch.int32, device=expert_ids.device)
     group_kernel[(num_experts,)](
         expert_ids,
         order,
+        places,
         tiles,
         num_choices,
         num_tiles,
@@ -130,16 +130,17 @@ def group(expert_ids: Tensor, num_experts: int, columns: int) -> tuple[Tensor, T
         # One more, for choices of no expert.
         BINS=max(32, triton.next_power_of_2(num_experts + 1)),
         COLUMNS=columns,
-        BLOCK=min(GROUPING_BLOCK, max(128, triton.next_power_of_2(num_choices))),
-        num_warps=4,
+        BLOCK=min(GROUPING_BLOCK, max(256, triton.next_power_of_2(num_choices))),
+        num_warps=8,
     )
-    return order, tiles
+    return order, places, tiles
 
 
 @triton.jit
 def group_kernel(
     expert_ids,
     order,
+    places,
     tiles,
     num_choices,
     max_tiles,
@@ -148,7 +149,10 @@ def group_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (experts,). A program counts the choices of all experts, then finds and writes the places of its own."""
+    """Grid: (experts,). A program counts the choices of all experts, then finds and writes the places of its own.
+
+    The last one also writes what belongs to nobody.
+    """
     expert = tl.program_id(0)
     block, bins = tl.arange(0, BLOCK), tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
@@ -158,12 +162,17 @@ def group_kernel(
     first = tl.sum(tl.where(bins < expert, counts, 0))
     end = first + tl.sum(tl.where(bins == expert, counts, 0))
 
-    place = first
+    before = first
     for start in range(0, num_choices, BLOCK):
-        is_own = load_ids(expert_ids, start + block, num_choices, NUM_EXPERTS) == expert
-        rank = tl.cumsum(is_own.to(tl.int32), 0)
-        tl.store(order + place + rank - 1, start + block, mask=is_own)
-        place += tl.sum(is_own.to(tl.int32))
+        choices = start + block
+        ids = load_ids(expert_ids, choices, num_choices, NUM_EXPERTS)
+        is_own = ids == expert
+        place = before + tl.cumsum(is_own.to(tl.int32), 0) - 1
+        tl.store(order + place, choices, mask=is_own)
+        tl.store(places + choices, place, mask=is_own)
+        before += tl.sum(is_own.to(tl.int32))
+        if expert == NUM_EXPERTS - 1:
+            tl.store(places + choices, place * 0 - 1, mask=(ids == NUM_EXPERTS) & (choices < num_choices))
 
     num_tiles = (counts + COLUMNS - 1) // COLUMNS
     first_tile = tl.sum(tl.where(bins < expert, num_tiles, 0))
@@ -262,7 +271,6 @@ def down_kernel(
     inner,
     down,
     bias,
-    order,
     tiles,
     chosen_y,
     max_tiles,
@@ -273,7 +281,7 @@ def down_kernel(
     BLOCK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """inner [T·C, K] in the order of `order`, down [E, H, K] → chosen_y [T·C, H] float32 in the order of choices."""
+    """inner [T·C, K], down [E, H, K] → chosen_y [T·C, H] float32, both in the order of `order`. Grid as above."""
     output_tile, tile = tile_of(tl.program_id(0), tl.cdiv(num_outputs, OUTPUTS), max_tiles, GROUP_SIZE)
     expert = tl.load(tiles + tile)
     if expert < 0:
@@ -288,23 +296,20 @@ def down_kernel(
     if bias is not None:
         bias += expert * num_outputs
         total += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[:, None]
-    choices = tl.load(order + tl.minimum(places, end - 1))
     mask = (places < end)[:, None] & (outputs < num_outputs)[None, :]
-    tl.store(chosen_y + choices.to(tl.int64)[:, None] * num_outputs + outputs[None, :], tl.trans(total), mask=mask)
+    tl.store(chosen_y + places.to(tl.int64)[:, None] * num_outputs + outputs[None, :], tl.trans(total), mask=mask)
 
 
 @triton.jit
-def add_chosen_kernel(
-    chosen_y, expert_ids, weights, y, num_experts, hidden_size, NUM_CHOSEN: tl.constexpr, BLOCK: tl.constexpr
-):
+def add_chosen_kernel(chosen_y, places, weights, y, hidden_size, NUM_CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
     """chosen_y [T·C, H] float32 → y [T, H]: its choices' rows, weighed, in their order. Grid: (T, blocks of H)."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for choice in tl.static_range(NUM_CHOSEN):
-        place = token * NUM_CHOSEN + choice
-        expert = tl.load(expert_ids + place)
-        is_chosen = (expert >= 0) & (expert < num_experts)
-        row = tl.load(chosen_y + place * hidden_size + columns, mask=(columns < hidden_size) & is_chosen, other=0.0)
-        total += tl.load(weights + place, mask=is_chosen, other=0.0) * row
+        place = tl.load(places + token * NUM_CHOSEN + choice)
+        weight = tl.load(weights + token * NUM_CHOSEN + choice)
+        row = chosen_y + place.to(tl.int64) * hidden_size
+        is_there = (columns < hidden_size) & (place >= 0)
+        total += tl.where(place >= 0, weight, 0.0) * tl.load(row + columns, mask=is_there, other=0.0)
     tl.store(y + token * hidden_size + columns, total.to(y.dtype.element_ty), mask=columns < hidden_size)

@@ -120,6 +120,20 @@ def test_arithmetic_rounds_once_an_operation(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_scalar_truth_masks_a_block() -> None:
+    @triton.jit
+    def kernel(x, y, size):
+        i = tl.arange(0, 8)
+        mask = (i < size) & (tl.load(x) >= 0)
+        tl.store(y + i, tl.load(x + i, mask=mask, other=9))
+
+    y = torch.empty(2, 8, dtype=torch.int32)
+    with interpreted():
+        kernel[(1,)](torch.arange(5, dtype=torch.int32), y[0], 5)
+        kernel[(1,)](torch.arange(-1, 4, dtype=torch.int32), y[1], 5)
+    assert y.tolist() == [[0, 1, 2, 3, 4, 9, 9, 9], [9] * 8]
+
+
 def test_a_reduction_of_bfloat16_is_refused() -> None:
     @triton.jit
     def kernel(x, y):

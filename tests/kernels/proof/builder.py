@@ -35,6 +35,11 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]
     def get_bf16(self, value: float) -> TensorHandle:
         return TensorHandle(narrow(np.array([value]), tl.bfloat16), tl.bfloat16)
 
+    def create_splat(self, block: tl.dtype, arg: TensorHandle) -> TensorHandle:
+        """A comparison's truth stays one: stock Triton gives it the dtype of what was compared."""
+        dtype = tl.int1 if arg.data.dtype == bool else arg.dtype.scalar
+        return TensorHandle(np.full(block.shape, arg.data, dtype=arg.data.dtype), dtype)
+
     def create_masked_load(self, ptrs: TensorHandle, mask: TensorHandle, *args: Any, **kwargs: Any) -> TensorHandle:
         self._touch("load", ptrs, mask)
         return super().create_masked_load(ptrs, mask, *args, **kwargs)

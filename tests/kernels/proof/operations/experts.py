@@ -79,7 +79,7 @@ def cases() -> Iterator[Case]:
         torch.bfloat16,
         arguments=everybody,
         bytes_moved=cost.bytes_moved(2, 2, 3, 512, 256, itemsize=2),
-        shared_inputs=["x", "inner", "expert_ids", "tiles", "order", "chosen_y"],
+        shared_inputs=["x", "inner", "expert_ids", "tiles", "order", "places"],
     )
 
 
@@ -117,7 +117,10 @@ def configurations() -> Iterator[Configuration]:
                     meta(num_experts, hidden_size, dtype=torch.bfloat16) if has_bias else None,
                 )
 
-            yield Configuration(f"{name} {num_tokens} tokens", call, matrix=MATRIX)
+            # add_chosen reads a place and a weight for each choice, in every thread.
+            yield Configuration(
+                f"{name} {num_tokens} tokens", call, vector_share=0.85, narrow=["group_kernel"], matrix=MATRIX
+            )
 
 
 PROOF = Proof(
