@@ -17,8 +17,6 @@ from torch import Tensor
 from llmd_kernels.gated_mul.triton_ops import gated
 from llmd_kernels.linear.triton_ops import BLOCK_K, span_sum, tile_of
 
-# Choices that a program of the grouping reads at a time.
-GROUPING_BLOCK = 2048
 # Tiles of choices that are computed side by side for one tile of outputs, to share what the cache holds.
 GROUP = 8
 
@@ -126,17 +124,17 @@ def group(expert_ids: Tensor, num_experts: int, columns: int) -> tuple[Tensor, T
         tiles,
         num_choices,
         num_tiles,
+        columns,
         NUM_EXPERTS=num_experts,
         # One more, for choices of no expert.
         BINS=max(32, triton.next_power_of_2(num_experts + 1)),
-        COLUMNS=columns,
-        BLOCK=min(GROUPING_BLOCK, max(256, triton.next_power_of_2(num_choices))),
+        BLOCK=256 if num_choices <= 256 else 2048,
         num_warps=8,
     )
     return order, places, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "max_tiles", "columns"])
 def group_kernel(
     expert_ids,
     order,
@@ -144,9 +142,9 @@ def group_kernel(
     tiles,
     num_choices,
     max_tiles,
+    columns,
     NUM_EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (experts,). A program counts the choices of all experts, then finds and writes the places of its own.
@@ -174,13 +172,13 @@ def group_kernel(
         if expert == NUM_EXPERTS - 1:
             tl.store(places + choices, place * 0 - 1, mask=(ids == NUM_EXPERTS) & (choices < num_choices))
 
-    num_tiles = (counts + COLUMNS - 1) // COLUMNS
+    num_tiles = (counts + columns - 1) // columns
     first_tile = tl.sum(tl.where(bins < expert, num_tiles, 0))
     end_tile = first_tile + tl.sum(tl.where(bins == expert, num_tiles, 0))
     for start in range(first_tile, end_tile, BLOCK):
         tile = start + block
-        tile_first = first + (tile - first_tile) * COLUMNS
-        store_tiles(tiles, tile, tile < end_tile, max_tiles, expert, tile_first, tl.minimum(tile_first + COLUMNS, end))
+        tile_first = first + (tile - first_tile) * columns
+        store_tiles(tiles, tile, tile < end_tile, max_tiles, expert, tile_first, tl.minimum(tile_first + columns, end))
     if expert == NUM_EXPERTS - 1:
         for start in range(end_tile, max_tiles, BLOCK):
             tile = start + block
@@ -202,7 +200,7 @@ def store_tiles(tiles, tile, mask, max_tiles, expert, first, end):
     tl.store(tiles + 2 * max_tiles + tile, end, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def gate_up_kernel(
     x,
     gate_up,
@@ -266,7 +264,7 @@ def two_sums(
     return gate, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def down_kernel(
     inner,
     down,

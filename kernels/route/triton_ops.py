@@ -62,7 +62,7 @@ def route(
     return expert_ids, weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_kernel(
     logits,
     choice_bias,

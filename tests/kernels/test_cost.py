@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from llmd_kernels.add_rms_norm import cost as add_rms_norm_cost
+from llmd_kernels.experts import cost as experts_cost
 from llmd_kernels.gated_mul import cost as gated_mul_cost
 from llmd_kernels.linear import cost as linear_cost
 from llmd_kernels.paged_attention import cost as paged_attention_cost
 from llmd_kernels.rms_norm import cost as rms_norm_cost
 from llmd_kernels.rope_kv_write import cost as rope_kv_write_cost
+from llmd_kernels.route import cost as route_cost
 from llmd_kernels.sample import cost as sample_cost
 from llmd_kernels.token_logprobs import cost as token_logprobs_cost
 from llmd_kernels.top_tokens import cost as top_tokens_cost
@@ -28,6 +30,11 @@ def test_bytes_are_those_of_inputs_and_outputs() -> None:
     qkv, q, kv = torch.empty(7, (4 + 2 * 2) * 8), torch.empty(7, 4, 8), torch.empty(7, 2 * 2, 8, dtype=torch.bfloat16)
     moved = rope_kv_write_cost.bytes_moved(7, 4, 2, 8, rot_dim=6, itemsize=4, cache_itemsize=2)
     assert moved == size(qkv, q, kv, torch.empty(7, 6))
+    expert_ids, weights, logits = torch.empty(7, 2, dtype=torch.int32), torch.empty(7, 2), torch.empty(7, 9)
+    moved = route_cost.bytes_moved(7, 9, 2, itemsize=4, has_bias=True)
+    assert moved == size(logits, logits[0], expert_ids, weights)
+    used = torch.empty(4, 2 * 3, 5), torch.empty(4, 5, 3)
+    assert experts_cost.bytes_moved(7, 2, 4, 5, 3, itemsize=4) == size(x, x, expert_ids, weights, *used)
     ids = torch.empty(7, 2, dtype=torch.int64)
     assert top_tokens_cost.bytes_moved(7, 5, 2, itemsize=4) == size(x, x[:, :2], ids)
     assert token_logprobs_cost.bytes_moved(7, 5, itemsize=4) == size(x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmd_kernels import add_rms_norm, gated_mul, linear, rms_norm, rope_kv_write
+from llmd_kernels import add_rms_norm, experts, gated_mul, linear, rms_norm, rope_kv_write, route
 from tests.kernels.proof.compiler import compiled_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -36,7 +36,12 @@ def test_tensors_on_a_gpu_go_to_triton() -> None:
             cos_sin=gpu(100, 64, dtype=torch.float32),
         )
         assert (q.shape, q.device.type) == ((4, 2, 64), "cuda")
+        expert_ids, weights = route(gpu(4, 8), num_chosen=2, scoring="softmax", renormalize=True)
+        assert expert_ids.shape == weights.shape == (4, 2)
+        y = experts(gpu(4, 64), expert_ids, weights, gpu(8, 64, 64), gpu(8, 64, 32), activation="silu")
+        assert y.shape == (4, 64)
     names = ["rms_norm_kernel", "add_rms_norm_kernel", "gated_mul_kernel", "linear_kernel", "rope_kv_write_kernel"]
+    names += ["route_kernel", "group_kernel", "gate_up_kernel", "down_kernel", "add_chosen_kernel"]
     assert [kernel.kernel for kernel in kernels] == names
 
 

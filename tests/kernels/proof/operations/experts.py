@@ -40,7 +40,7 @@ def choices(num_tokens: int, num_experts: int, num_chosen: int) -> dict[str, Ten
     liked = randn(num_tokens, num_experts, seed=5) - torch.arange(num_experts) / 2
     expert_ids = liked.argsort(dim=-1, descending=True)[:, :num_chosen].int()
     expert_ids[2::4, 0] = -1
-    expert_ids[5::4, -1] = num_experts
+    expert_ids[5::4, -1] = num_experts + 2
     return {"expert_ids": expert_ids, "weights": randn(num_tokens, num_chosen, seed=6).abs()}
 
 
@@ -67,6 +67,8 @@ def cases() -> Iterator[Case]:
         ):
             name = f"{dtype_name(dtype)} {num_tokens} tokens, {num_chosen} of {'×'.join(map(str, sizes))}"
             yield case(name, num_tokens, num_chosen, sizes, dtype, has_bias=num_tokens % 2 == 1)
+    favourite = {"expert_ids": torch.tensor([2, 2, 0] * 13, dtype=torch.int32)[:, None]}
+    yield case("one is chosen by most", 39, 1, (8, 32, 16), torch.bfloat16, arguments=favourite)
     nobody = {"expert_ids": torch.full((3, 2), -1, dtype=torch.int32), "weights": torch.full((3, 2), torch.nan)}
     yield case("nobody is chosen", 3, 2, (4, 32, 16), torch.bfloat16, arguments=nobody)
     yield case("rows apart", 3, 2, (4, 32, 16), torch.bfloat16, arguments={"x": apart(randn(3, 32).bfloat16())})

@@ -38,7 +38,7 @@ def with_bias(arguments: dict[str, Any], bias: Tensor) -> dict[str, Any]:
 
 def cases() -> Iterator[Case]:
     for name, (num_experts, arguments) in SMALL.items():
-        bias = randn(num_experts, seed=1) * 0.3
+        bias = randn(num_experts, seed=1) * 0.05
         for num_tokens, dtype in ((0, torch.bfloat16), (3, torch.bfloat16), (5, torch.float16), (131, torch.float32)):
             logits = randn(num_tokens, num_experts, dtype=dtype)
             outputs = ["expert_ids", "weights"] if num_tokens else []
