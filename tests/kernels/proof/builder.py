@@ -26,6 +26,8 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         super().__init__()
         self.options = replace(self.options, sanitize_overflow=check_overflow, debug=check_overflow)
         self.memory = memory
+        # What happens before an atomic: another program may have its turn.
+        self.before_atomic: Callable[[], None] = lambda: None
 
     def set_grid_idx(self, x: int, y: int, z: int) -> None:
         super().set_grid_idx(x, y, z)
@@ -53,10 +55,12 @@ class Builder(stock.InterpreterBuilder):  # type: ignore[misc]
     def create_atomic_rmw(
         self, op: Any, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, sem: Any, scope: Any
     ) -> TensorHandle:
+        self.before_atomic()
         self._touch("atomic", ptrs, mask, ordering=sem)
         return super().create_atomic_rmw(op, ptrs, value, mask, sem, scope)
 
     def create_atomic_cas(self, ptrs: TensorHandle, cmp: Any, value: Any, sem: Any, scope: Any) -> TensorHandle:
+        self.before_atomic()
         self._touch("atomic", ptrs, TensorHandle(np.ones_like(ptrs.data, dtype=bool), tl.int1), ordering=sem)
         return super().create_atomic_cas(ptrs, cmp, value, sem, scope)
 

@@ -33,6 +33,8 @@ class Case:
     # every program reads again, from a cache: they count once.
     bytes_moved: int | None = None
     shared_inputs: Sequence[str] = ()
+    # Programs wait for one another.
+    in_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Outcome:
 def check_case(proof: Proof, case: Case, *, shuffle: int | None = 1) -> Outcome:
     """Raises AssertionError, OutOfBounds or Race."""
     given = _copied(case.arguments, _same_layout)
-    with interpreted(shuffle=shuffle, check_overflow=True) as launches:
+    with interpreted(shuffle=shuffle, check_overflow=True, in_turns=case.in_turns) as launches:
         results = _results(proof.operation(**given), given, case.in_place)
     exact = _copied(case.arguments, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     expected = _results(proof.reference(**exact), exact, case.in_place)

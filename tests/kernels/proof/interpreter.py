@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from tests.kernels.proof.builder import Builder
 from tests.kernels.proof.memory import Memory
 from tests.kernels.proof.small_floats import is_small_float
+from tests.kernels.proof.turns import run_in_turns
 
 MATH = {"tanh": np.tanh, "exp": np.exp, "log1p": np.log1p, "rint": np.rint, "pow": np.power}
 # Programmatic dependent launch orders a kernel after the one before it: here they never overlap.
@@ -52,16 +53,20 @@ class Launch:
 
 
 @contextmanager
-def interpreted(*, shuffle: int | None = None, check_overflow: bool = False) -> Iterator[list[Launch]]:
+def interpreted(
+    *, shuffle: int | None = None, check_overflow: bool = False, in_turns: bool = False
+) -> Iterator[list[Launch]]:
     """Inside, `kernel[grid](...)` runs here, on CPU tensors; yields the list of launches, which grows.
 
     `shuffle`: a seed for the order of programs; None: rising. `check_overflow`: integers that overflow are errors
-    (slower by a quarter). What `torch.empty` gives is poisoned (NaN, largest integer). Raises OutOfBounds and Race.
+    (slower by a quarter). `in_turns`: programs may wait for one another, each gives its turn away at every atomic;
+    else one runs after another. What `torch.empty` gives is poisoned (NaN, largest integer). Raises
+    OutOfBounds, Race and Deadlock.
     """
     launches: list[Launch] = []
 
     def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
-        launches.append(_launch(kernel, args, options, grid, shuffle, check_overflow))
+        launches.append(_launch(kernel, args, options, grid, shuffle, check_overflow, in_turns))
 
     def call(function: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
         return _rewritten(function.fn)(*args, **kwargs)
@@ -82,7 +87,13 @@ def interpreted(*, shuffle: int | None = None, check_overflow: bool = False) -> 
 
 
 def _launch(
-    kernel: JITFunction[Any], args: Any, options: Any, grid: Any, shuffle: int | None, check_overflow: bool
+    kernel: JITFunction[Any],
+    args: Any,
+    options: Any,
+    grid: Any,
+    shuffle: int | None,
+    check_overflow: bool,
+    in_turns: bool,
 ) -> Launch:
     parameters = {p.name: p for p in kernel.params}
     bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k in parameters})
@@ -102,9 +113,26 @@ def _launch(
             for name, value in bound.arguments.items()
         }
         body = _rewritten(kernel.fn)
-        for program in programs:
-            builder.set_grid_idx(*(int(index) for index in program))
-            body(**converted)
+
+        def run(program: tuple[int, int, int], give_turn: Callable[[], None] | None) -> None:
+            def wait() -> None:
+                if give_turn is not None:
+                    give_turn()
+                    start()
+
+            def start() -> None:
+                builder.set_grid_idx(*(int(index) for index in program))
+                builder.before_atomic = wait
+
+            with np.errstate(all="ignore"):
+                start()
+                body(**converted)
+
+        if in_turns:
+            run_in_turns([functools.partial(run, program) for program in programs], seed=shuffle)
+        else:
+            for program in programs:
+                run(program, None)
     return Launch(kernel.fn.__name__, (num_x, num_y, num_z), dict(bound.arguments), memory)
 
 
