@@ -7,6 +7,7 @@ from which source, within which limits.
 """
 
 from llmd_kernels.add_rms_norm import add_rms_norm
+from llmd_kernels.all_reduce_add_rms_norm import SymmetricMemory, all_reduce_add_rms_norm
 from llmd_kernels.experts import experts
 from llmd_kernels.gated_mul import gated_mul
 from llmd_kernels.linear import linear, pack_weight
@@ -23,8 +24,10 @@ __all__ = [
     "RowSampling",
     "SampledTokens",
     "SamplingBatch",
+    "SymmetricMemory",
     "TokenLogprobs",
     "add_rms_norm",
+    "all_reduce_add_rms_norm",
     "experts",
     "gated_mul",
     "linear",

@@ -3,6 +3,7 @@
 from tests.kernels.proof.checks import Proof
 from tests.kernels.proof.operations import (
     add_rms_norm,
+    all_reduce_add_rms_norm,
     experts,
     gated_mul,
     linear,
@@ -14,5 +15,15 @@ from tests.kernels.proof.operations import (
 
 PROOFS: tuple[Proof, ...] = tuple(
     module.PROOF
-    for module in (rms_norm, add_rms_norm, gated_mul, rope_kv_write, linear, paged_attention, route, experts)
+    for module in (
+        rms_norm,
+        add_rms_norm,
+        gated_mul,
+        rope_kv_write,
+        linear,
+        paged_attention,
+        route,
+        experts,
+        all_reduce_add_rms_norm,
+    )
 )
