@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
-from llmd.model.memory import FLOAT32_BYTES, activation_bytes, kv_bytes_per_token, rope_bytes, weight_bytes
+from llmd.model.memory import activation_bytes, kv_bytes_per_token, rope_bytes, weight_bytes
+from llmd.model.parallel import FLOAT32_BYTES
 from llmd.model.spec import ModelSpec
 
 GIB = 1 << 30

@@ -1,10 +1,9 @@
 """What a model needs of memory, in bytes, from its spec alone. Pure: for `llmd check` and the worker's ledger."""
 
-from llmd.model.parallel import Rank, units_of
+from llmd.model.parallel import FLOAT32_BYTES, Rank, units_of
 from llmd.model.parameters import parameters
-from llmd.model.spec import ModelSpec
+from llmd.model.spec import LayerSpec, ModelSpec
 
-FLOAT32_BYTES = 4
 ONE_RANK = Rank()
 
 
@@ -18,10 +17,10 @@ def weight_bytes(spec: ModelSpec, *, dtype_bytes: int, head_is_packed: bool = Fa
 
     head_is_packed: an embedding that is the head too is there twice, once in the layout of the matrix product.
     """
-    num_elements = sum(parameter.num_elements(rank) for parameter in parameters(spec))
+    wanted = parameters(spec)
     if head_is_packed and spec.tied_embeddings:
-        num_elements += parameters(spec)[0].num_elements(rank)
-    return dtype_bytes * num_elements
+        wanted.append(wanted[0])
+    return sum(parameter.num_bytes(rank, dtype_bytes) for parameter in wanted)
 
 
 def rope_bytes(spec: ModelSpec, *, max_model_len: int) -> int:
@@ -34,6 +33,8 @@ def kv_bytes_per_token(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ONE_RA
     """Keys and values of one token in all layers of the rank. Layers with a window keep as much as the others.
 
     Numbers of one byte have a float32 scale beside each head.
+    Latent attention (MLA) keeps expanded keys and values of every head, both of the keys' size: see
+    `latent_attention.py`.
     """
     num_kv_heads = len(units_of(rank, spec.num_kv_heads, "attention"))
     head_bytes = spec.head_dim * dtype_bytes + (FLOAT32_BYTES if dtype_bytes == 1 else 0)
@@ -45,11 +46,22 @@ def activation_bytes(spec: ModelSpec, *, max_num_tokens: int, max_num_logits: in
 
     Per token the widest place of a layer: the residual stream, its normed copy and the operation's input, then either
     q, k, v with attention's output or the MLP's two halves with their product, and all of that twice more in float32
-    for what operations need inside. Per logits row: the logits in the model's dtype and three float32 copies for
-    sampling. What attention gathers of the context is bounded by its kernel and not in here.
+    for what operations need inside. Experts: the same for each expert that a token chooses, and what each gives.
+    Per logits row: the logits in the model's dtype and three float32 copies for sampling. What attention gathers of
+    the context is bounded by its kernel and not in here.
     """
     attention = (3 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    widest = 3 * spec.hidden_size + max(attention, 3 * spec.intermediate_size)
+    if spec.latent is not None:
+        # what the projections give, beside the heads that are put together from it
+        attention += 2 * spec.num_heads * spec.head_dim + spec.latent.kv_rank + (spec.latent.q_rank or 0)
+    widest = 3 * spec.hidden_size + max(attention, *(_mlp_width(spec, layer) for layer in spec.layers))
     per_token = widest * (dtype_bytes + 2 * FLOAT32_BYTES)
     per_logits_row = spec.vocab_size * (dtype_bytes + 3 * FLOAT32_BYTES)
     return max_num_tokens * per_token + max_num_logits * per_logits_row
+
+
+def _mlp_width(spec: ModelSpec, layer: LayerSpec) -> int:
+    if layer.moe is None:
+        return 3 * spec.intermediate_size
+    moe = layer.moe
+    return moe.num_chosen * (3 * moe.expert_size + spec.hidden_size) + 3 * moe.shared_size + 2 * moe.num_experts

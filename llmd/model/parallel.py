@@ -9,6 +9,9 @@ from math import prod
 
 from llmd.errors import UnsupportedModel
 
+FLOAT32_BYTES = 4
+MXFP4_BLOCK = 32  # numbers that share a scale, packed two a byte
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -32,11 +35,24 @@ class Rank:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertView:
+    """One expert's matrix or bias in a tensor that has those of all experts, one behind the other."""
+
+    expert: int  # its place along the tensor's first dimension
+    shape: tuple[int, ...]  # of the matrix [num_outputs, num_inputs] or bias [num_outputs] that is meant
+    transposed: bool = False  # it is kept as [num_inputs, num_outputs]
+    first_row: int = 0
+    row_step: int = 1  # 2: the rows of two matrices alternate
+    mxfp4: bool = False  # two tensors, `…_blocks` and `…_scales`, as `mxfp4.py` reads them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """What one tensor of the checkpoint gives to a parameter.
 
     With `Shard`: unit u is what lies at start + u · pitch along the sharded dimension. So a piece may also be every
-    n-th group of rows, as the queries, keys and values are in a projection that keeps them by KV head.
+    n-th group of rows, as the queries, keys and values are in a projection that keeps them by KV head. All that is
+    said of the tensor's rows and columns is meant of the view's, where there is one.
     """
 
     tensor: str  # its name in the checkpoint
@@ -45,11 +61,26 @@ class Piece:
     num_units: int = 1
     start: int = 0
     pitch: int = 0
+    view: ExpertView | None = None
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The names and whole shapes of what it is read from."""
+        if self.view is None or not self.view.mxfp4:
+            return {self.tensor: self.tensor_shape}
+        *rows, num_inputs = self.tensor_shape
+        blocks = (*rows, num_inputs // MXFP4_BLOCK, MXFP4_BLOCK // 2)
+        return {f"{self.tensor}_blocks": blocks, f"{self.tensor}_scales": blocks[:-1]}
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Of the tensor, or of the view of it."""
+        return self.tensor_shape if self.view is None else self.view.shape
 
     def slices(self, rank: Rank) -> list[slice]:
         """The parts of the tensor that this rank needs, along the sharded dimension, in order; longest runs."""
         if isinstance(self.sharding, Replicated):
-            return [slice(0, self.tensor_shape[0])]
+            return [slice(0, self.matrix_shape[0])]
         unit = self.sharding.unit
         units = units_of(rank, self.num_units, self.tensor)
         if self.pitch == unit:
@@ -59,25 +90,37 @@ class Piece:
     def shape(self, rank: Rank) -> tuple[int, ...]:
         """The shape of this rank's part."""
         if isinstance(self.sharding, Replicated):
-            return self.tensor_shape
-        shape = list(self.tensor_shape)
+            return self.matrix_shape
+        shape = list(self.matrix_shape)
         shape[self.sharding.dim] = sum(s.stop - s.start for s in self.slices(rank))
         return tuple(shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A tensor of the decoder: its pieces, one below the other (joined along dimension 0)."""
+    """A tensor of the decoder: its pieces, one below the other (joined along dimension 0).
+
+    num_experts: where it is a stack of as many equal matrices, which have the pieces in turn.
+    in_float32: whatever the model's dtype is.
+    """
 
     name: str
     pieces: tuple[Piece, ...]
+    num_experts: int | None = None
+    in_float32: bool = False
 
     def shape(self, rank: Rank) -> tuple[int, ...]:
-        shapes = [piece.shape(rank) for piece in self.pieces]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        num_stacked = 1 if self.num_experts is None else self.num_experts
+        shapes = [piece.shape(rank) for piece in self.pieces[: len(self.pieces) // num_stacked]]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return shape if self.num_experts is None else (self.num_experts, *shape)
 
     def num_elements(self, rank: Rank) -> int:
         return prod(self.shape(rank))
+
+    def num_bytes(self, rank: Rank, dtype_bytes: int) -> int:
+        """dtype_bytes: of an element in the model's dtype."""
+        return self.num_elements(rank) * (FLOAT32_BYTES if self.in_float32 else dtype_bytes)
 
 
 def units_of(rank: Rank, num_units: int, what: str) -> range:

@@ -7,12 +7,14 @@ matrix product.
 from collections.abc import Iterator
 from math import gcd
 
+from llmd.model.expert_parameters import expert_parameters
+from llmd.model.family import TensorNames
+from llmd.model.gated_mlp_parameters import gated_mlp_parameters
 from llmd.model.parallel import Parameter, Piece, Shard, split, whole
-from llmd.model.registry import FAMILIES, TensorNames
+from llmd.model.registry import FAMILIES
 from llmd.model.spec import ModelSpec
 
-# columns of the MLP and rows of the vocabulary that stay together on a rank, where they divide evenly
-MLP_UNIT = 32
+# rows of the vocabulary that stay together on a rank, where they divide evenly
 VOCAB_UNIT = 64
 
 
@@ -34,13 +36,24 @@ def _layer(spec: ModelSpec, names: TensorNames, index: int) -> Iterator[Paramete
     hidden = spec.hidden_size
     if spec.pre_norm:
         yield Parameter(f"{here}.attention_norm", (whole(f"{there}.{names.attention_norm}.weight", hidden),))
-    yield from _attention(spec, names, here, there)
+    yield from (_latent_attention if spec.latent else _attention)(spec, names, here, there)
     if spec.post_norm:
         name = f"{there}.{names.attention_output_norm}.weight"
         yield Parameter(f"{here}.attention_output_norm", (whole(name, hidden),))
     if spec.pre_norm:
         yield Parameter(f"{here}.mlp_norm", (whole(f"{there}.{names.mlp_norm}.weight", hidden),))
-    yield from _mlp(spec, names, here, there)
+    moe = spec.layers[index].moe
+    if moe is not None:
+        yield from expert_parameters(moe, names, here, there, hidden_size=hidden)
+    else:
+        yield from gated_mlp_parameters(
+            here,
+            gate_up=tuple(f"{there}.{name}" for name in names.gate_up),
+            down=f"{there}.{names.down}",
+            hidden_size=hidden,
+            size=spec.intermediate_size,
+            bias=spec.mlp_bias,
+        )
     if spec.post_norm:
         yield Parameter(f"{here}.mlp_output_norm", (whole(f"{there}.{names.mlp_output_norm}.weight", hidden),))
 
@@ -59,11 +72,45 @@ def _attention(spec: ModelSpec, names: TensorNames, here: str, there: str) -> It
         k_norm = split(f"{there}.{names.k_norm}.weight", k_size, dim=0, unit=spec.head_dim)
         yield Parameter(f"{here}.q_norm", (q_norm,))
         yield Parameter(f"{here}.k_norm", (k_norm,))
-    o_name = f"{there}.{names.o}"
-    o_weight = split(f"{o_name}.weight", hidden, spec.num_heads * spec.head_dim, dim=1, unit=group)
-    yield Parameter(f"{here}.o.weight", (o_weight,))
+    if spec.sinks:
+        sinks = split(f"{there}.{names.sinks}", spec.num_heads, dim=0, unit=spec.num_heads // spec.num_kv_heads)
+        yield Parameter(f"{here}.sinks", (sinks,))
+    yield from _output(spec, f"{here}.o", f"{there}.{names.o}", value_size=spec.head_dim)
+
+
+def _latent_attention(spec: ModelSpec, names: TensorNames, here: str, there: str) -> Iterator[Parameter]:
+    """Every rank has the latents, and of what comes from them its heads."""
+    latent = spec.latent
+    assert latent is not None
+    hidden, key_size = spec.hidden_size, latent.rope_dim + latent.nope_dim
+    q_name, q_inputs = names.qkv[0], hidden
+    if latent.q_rank is not None:
+        q_name, q_inputs = names.q_b, latent.q_rank
+        yield from _latent(spec, f"{here}.q_a", f"{there}.{names.q_a}", size=latent.q_rank)
+        yield Parameter(f"{here}.q_a_norm", (whole(f"{there}.{names.q_a_norm}.weight", latent.q_rank),))
+    q = split(f"{there}.{q_name}.weight", spec.num_heads * key_size, q_inputs, dim=0, unit=key_size)
+    yield Parameter(f"{here}.q.weight", (q,))
+    yield from _latent(spec, f"{here}.kv_a", f"{there}.{names.kv_a}", size=latent.kv_rank + latent.rope_dim)
+    yield Parameter(f"{here}.kv_a_norm", (whole(f"{there}.{names.kv_a_norm}.weight", latent.kv_rank),))
+    kv_size = latent.nope_dim + latent.v_dim
+    kv_b = split(f"{there}.{names.kv_b}.weight", spec.num_heads * kv_size, latent.kv_rank, dim=0, unit=kv_size)
+    yield Parameter(f"{here}.kv_b.weight", (kv_b,))
+    yield from _output(spec, f"{here}.o", f"{there}.{names.o}", value_size=latent.v_dim)
+
+
+def _latent(spec: ModelSpec, here: str, there: str, *, size: int) -> Iterator[Parameter]:
+    yield Parameter(f"{here}.weight", (whole(f"{there}.weight", size, spec.hidden_size),))
+    if spec.qkv_bias:
+        yield Parameter(f"{here}.bias", (whole(f"{there}.bias", size),))
+
+
+def _output(spec: ModelSpec, here: str, there: str, *, value_size: int) -> Iterator[Parameter]:
+    """From all heads' values back to the residual stream."""
+    group = spec.num_heads // spec.num_kv_heads * value_size
+    weight = split(f"{there}.weight", spec.hidden_size, spec.num_heads * value_size, dim=1, unit=group)
+    yield Parameter(f"{here}.weight", (weight,))
     if spec.o_bias:
-        yield Parameter(f"{here}.o.bias", (whole(f"{o_name}.bias", hidden),))
+        yield Parameter(f"{here}.bias", (whole(f"{there}.bias", spec.hidden_size),))
 
 
 def _qkv(
@@ -91,32 +138,3 @@ def _qkv(
         for i in range(3)
     )
     return q, k, v
-
-
-def _mlp(spec: ModelSpec, names: TensorNames, here: str, there: str) -> Iterator[Parameter]:
-    hidden, size = spec.hidden_size, spec.intermediate_size
-    unit = gcd(size, MLP_UNIT)
-    yield Parameter(f"{here}.gate_up.weight", _gate_up(names, there, "weight", size=size, columns=(hidden,)))
-    if spec.mlp_bias:
-        yield Parameter(f"{here}.gate_up.bias", _gate_up(names, there, "bias", size=size, columns=()))
-    yield Parameter(f"{here}.down.weight", (split(f"{there}.{names.down}.weight", hidden, size, dim=1, unit=unit),))
-    if spec.mlp_bias:
-        yield Parameter(f"{here}.down.bias", (whole(f"{there}.{names.down}.bias", hidden),))
-
-
-def _gate_up(names: TensorNames, there: str, kind: str, *, size: int, columns: tuple[int, ...]) -> tuple[Piece, Piece]:
-    """The rows of gate and up, from two tensors or from one that has them one after the other."""
-    unit = gcd(size, MLP_UNIT)
-    fused = len(names.gate_up) == 1
-    gate, up = (
-        Piece(
-            tensor=f"{there}.{names.gate_up[i % len(names.gate_up)]}.{kind}",
-            tensor_shape=(2 * size if fused else size, *columns),
-            sharding=Shard(0, unit),
-            num_units=size // unit,
-            start=i * size if fused else 0,
-            pitch=unit,
-        )
-        for i in range(2)
-    )
-    return gate, up

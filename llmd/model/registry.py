@@ -1,115 +1,26 @@
-"""Architecture name → what is particular about the family. Data only: no tensors, and no code for one family alone.
+"""Architecture name → what is particular about the family. Data only.
 
 A family that differs from these in a place that the decoder does not know needs that place added to `Family`,
 `ModelSpec` and the decoder, never a decoder of its own.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from llmd.model.config_fields import ConfigFields
-
-# A bias is always there, never there, or as the first of these config fields that is not null says
-Bias = bool | tuple[str, ...]
-# (config, number of layers) → which layers have a window
-WindowRule = Callable[[ConfigFields, int], list[bool]]
-# (config, which layers have a window) → which layers rotate
-RotationRule = Callable[[ConfigFields, list[bool]], list[bool]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorNames:
-    """What the parts of a checkpoint are called, without `.weight` and `.bias`; layer parts follow the layer's prefix.
-
-    `qkv`: three names, or one for a tensor that holds all of them: rows q, k, v one after the other ("fused"), or for
-    each KV head its queries, its key and its value ("grouped"). `gate_up`: two names, or one for both.
-    """
-
-    embedding: str = "model.embed_tokens"
-    layer: str = "model.layers.{index}"
-    norm: str = "model.norm"
-    head: str = "lm_head"
-    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    qkv_rows: Literal["fused", "grouped"] = "fused"
-    q_norm: str = "self_attn.q_norm"
-    k_norm: str = "self_attn.k_norm"
-    o: str = "self_attn.o_proj"
-    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    down: str = "mlp.down_proj"
-    attention_norm: str = "input_layernorm"
-    attention_output_norm: str = "post_attention_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    mlp_output_norm: str = "post_feedforward_layernorm"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """How one architecture differs from the plain Llama."""
-
-    names: TensorNames = field(default_factory=TensorNames)
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # what the reference assumes of absent config fields
-    pre_norm: bool = True  # a norm before attention and MLP
-    post_norm: bool = False  # a norm after attention and MLP, before the residual addition
-    norm_weight_offset: float = 0.0
-    qk_norm: Literal["none", "head", "projection"] = "none"
-    qkv_bias: Bias = False
-    o_bias: Bias = False
-    mlp_bias: Bias = False
-    activation_fields: tuple[str, ...] = ("hidden_act",)  # the first that is not null counts
-    windowed_layers: WindowRule | None = None  # where `layer_types` is silent; None = the family has no windows
-    window_switch: str | None = None  # config field without which there is no window
-    rotated_layers: RotationRule | None = None  # None = all
-    partial_rotary: bool = False
-    has_attention_soft_cap: bool = False
-    has_logit_soft_cap: bool = False
-    scales_embedding: bool = False  # by sqrt(hidden_size)
-    has_multipliers: bool = False  # Granite's four, the attention's among them
-    query_scalar_field: str | None = None  # attention divides by the root of this; None = of head_dim
-    text_config: bool = False  # the language model is described by a nested `text_config`
-    prefixes: tuple[tuple[str, str], ...] = ()  # of tensor names: as found → as `names` has them
-    ignored_prefixes: tuple[str, ...] = ()  # tensors of parts that are not served
-
-
-def every_layer(_fields: ConfigFields, num_layers: int) -> list[bool]:
-    return [True] * num_layers
-
-
-def after_max_window_layers(fields: ConfigFields, num_layers: int) -> list[bool]:
-    first = fields.integer("max_window_layers")
-    return [index >= first for index in range(num_layers)]
-
-
-def all_but_every_nth(fields: ConfigFields, num_layers: int) -> list[bool]:
-    """`sliding_window_pattern`: n = all but every n-th layer; "LLLG" = as it says, and never the last layer."""
-    pattern = fields.value("sliding_window_pattern")
-    if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
-        return [pattern[index % len(pattern)] == "L" and index < num_layers - 1 for index in range(num_layers)]
-    if isinstance(pattern, int) and pattern > 0:
-        return [(index + 1) % pattern != 0 for index in range(num_layers)]
-    raise fields.unsupported(f"`sliding_window_pattern` in config.json cannot be {pattern!r}")
-
-
-def windowed_layers_of_hybrids(fields: ConfigFields, windowed: list[bool]) -> list[bool]:
-    """The layers with a window; all of them in a model without windows."""
-    return [True] * len(windowed) if fields.value("sliding_window") is None else windowed
-
-
-def listed_rotation(fields: ConfigFields, windowed: list[bool]) -> list[bool]:
-    """`no_rope_layers` has a 1 for each layer that does rotate; without it, all but every n-th layer do."""
-    num_layers = len(windowed)
-    flags = fields.value("no_rope_layers")
-    interval = fields.size("no_rope_layer_interval")
-    if flags is None:
-        return [(index + 1) % interval != 0 for index in range(num_layers)]
-    if not isinstance(flags, list) or len(flags) < num_layers or not set(flags) <= {0, 1}:
-        raise fields.unsupported(f"`no_rope_layers` in config.json must have a 0 or 1 for each of {num_layers} layers")
-    return [bool(flag) for flag in flags[:num_layers]]
-
-
-def unrotated_layers(fields: ConfigFields, num_layers: int) -> list[bool]:
-    return [not rotates for rotates in listed_rotation(fields, [False] * num_layers)]
-
+from llmd.model.family import (
+    Family,
+    MoeFamily,
+    TensorNames,
+    after_dense_layers,
+    after_max_window_layers,
+    all_but_every_nth,
+    even_layers_before_max_window_layers,
+    every_layer,
+    listed_rotation,
+    sparse_layers,
+    unrotated_layers,
+    windowed_layers_of_hybrids,
+)
 
 SANDWICH_NAMES = TensorNames(mlp_norm="pre_feedforward_layernorm")
 
@@ -250,19 +161,143 @@ EXAONE4 = Family(
     rotated_layers=windowed_layers_of_hybrids,
 )  # fmt: skip
 
+MIXTRAL = replace(
+    MISTRAL,
+    names=TensorNames(
+        router="block_sparse_moe.gate", expert_down="block_sparse_moe.experts.{expert}.w2",
+        expert_gate_up=("block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3"),
+    ),
+    defaults=LLAMA_DEFAULTS
+    | {
+        "max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 14336,
+    },
+    moe=MoeFamily(layers=every_layer),
+    fixed={"norm_topk_prob": (None, True)},
+)  # fmt: skip
+
+QWEN_EXPERTS = MoeFamily(layers=sparse_layers, expert_size_field="moe_intermediate_size", renormalizes=None)
+QWEN3_MOE = replace(
+    QWEN3,
+    defaults=LLAMA_DEFAULTS
+    | {
+        "max_position_embeddings": 32768, "sliding_window": 4096, "num_key_value_heads": 4, "bos_token_id": None,
+        "eos_token_id": None, "decoder_sparse_step": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "intermediate_size": 6144,
+    },
+    windowed_layers=every_layer,
+    moe=QWEN_EXPERTS,
+)  # fmt: skip
+
+QWEN2_MOE = replace(
+    QWEN2,
+    names=TensorNames(
+        shared_gate_up=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        shared_down="mlp.shared_expert.down_proj",
+    ),
+    defaults=QWEN2.defaults
+    | {
+        "num_key_value_heads": 16, "qkv_bias": True, "decoder_sparse_step": 1, "num_experts_per_tok": 4,
+        "num_experts": 60, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        "intermediate_size": 5632,
+    },
+    qkv_bias=("qkv_bias",),
+    windowed_layers=even_layers_before_max_window_layers,
+    moe=replace(QWEN_EXPERTS, shared="sized", shared_gate=True),
+)  # fmt: skip
+
+GPT_OSS = Family(
+    names=TensorNames(
+        router="mlp.router", expert_gate_up=("mlp.experts.gate_up_proj",), expert_down="mlp.experts.down_proj"
+    ),
+    defaults=LLAMA_DEFAULTS
+    | {
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64,
+        "num_key_value_heads": 8, "sliding_window": 128, "sliding_window_pattern": 2, "attention_bias": True,
+        "bos_token_id": None, "eos_token_id": None, "num_local_experts": 128, "num_experts_per_tok": 4,
+        "rope_parameters": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+    qkv_bias=("attention_bias",),
+    o_bias=("attention_bias",),
+    windowed_layers=all_but_every_nth,
+    attention_sinks=True,
+    moe=MoeFamily(
+        layers=every_layer, activation="clamped_silu", expert_bias=True, may_be_mxfp4=True, router_bias=True
+    ),
+    fixed={
+        "swiglu_limit": (None, 7), "swiglu_alpha": (None, 1.702), "norm_topk_prob": (None, True),
+        "hidden_act": ("silu",),
+    },
+)  # fmt: skip
+
+DEEPSEEK_EXPERTS = MoeFamily(
+    layers=after_dense_layers,
+    expert_size_field="moe_intermediate_size",
+    renormalizes=False,
+    has_scale=True,
+    router_in_float32=True,
+    group_score="max",
+    shared="counted",
+)
+DEEPSEEK_V2 = Family(
+    defaults=LLAMA_DEFAULTS
+    | {
+        "first_k_dense_replace": 0, "kv_lora_rank": 512, "q_lora_rank": 1536, "n_routed_experts": 64,
+        "n_shared_experts": 2, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "routed_scaling_factor": 1.0, "topk_method": "greedy", "moe_intermediate_size": 1407,
+    },
+    qkv_bias=("attention_bias",),
+    o_bias=("attention_bias",),
+    rope_interleaved=True,
+    latent_attention=True,
+    moe=DEEPSEEK_EXPERTS,
+    fixed={
+        "topk_method": ("greedy", "group_limited_greedy"), "scoring_func": (None, "softmax"),
+        "norm_topk_prob": (None, False), "moe_layer_freq": (None, 1), "rope_interleave": (None, True),
+    },
+)  # fmt: skip
+
+DEEPSEEK_V3 = replace(
+    DEEPSEEK_V2,
+    defaults=LLAMA_DEFAULTS
+    | {
+        "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 3,
+        "kv_lora_rank": 512, "q_lora_rank": 1536, "n_routed_experts": 256, "n_shared_experts": 1,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "routed_scaling_factor": 2.5,
+        "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
+        "norm_topk_prob": True, "rope_interleave": True,
+    },
+    rope_interleaved=("rope_interleave",),
+    moe=replace(DEEPSEEK_EXPERTS, scoring="sigmoid", renormalizes=None, choice_bias=True, group_score="top2"),
+    fixed={
+        "topk_method": (None, "noaux_tc"), "scoring_func": (None, "sigmoid"), "moe_layer_freq": (None, 1),
+    },
+    # the extra layer that predicts a second token
+    ignored_prefixes=("model.layers.{num_layers}.",),
+)  # fmt: skip
+
 FAMILIES: dict[str, Family] = {
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "Exaone4ForCausalLM": EXAONE4,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_TEXT_OF_MULTIMODAL,
+    "GptOssForCausalLM": GPT_OSS,
     "GraniteForCausalLM": GRANITE,
     "InternLM2ForCausalLM": INTERNLM2,
     "InternLM3ForCausalLM": INTERNLM3,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
+    "MixtralForCausalLM": MIXTRAL,
     "Olmo2ForCausalLM": OLMO2,
     "Phi3ForCausalLM": PHI3,
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
     "SmolLM3ForCausalLM": SMOLLM3,
 }

@@ -46,6 +46,7 @@ class YarnScaling:
     beta_slow: float
     truncate: bool  # the borders of the ramp to whole dimensions
     attention_factor: float  # of cosines and sines
+    score_factor: float  # of the scores, in families with latent attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,7 @@ def _yarn(reader: ConfigFields, *, trained: int, max_positions: int) -> YarnScal
         beta_slow=reader.optional_number("beta_slow") or 1.0,
         truncate=reader.value("truncate") in (None, True),
         attention_factor=attention_factor,
+        score_factor=_yarn_mscale(factor, mscale_all_dim) ** 2 if mscale_all_dim else 1.0,
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from llmd.errors import UnsupportedModel
 from llmd.model.config_fields import ConfigFields
-from llmd.model.registry import FAMILIES, Bias, Family
+from llmd.model.family import Family, Presence
+from llmd.model.moe_spec import MoeSpec, parse_moe
+from llmd.model.registry import FAMILIES
 from llmd.model.rope_spec import DynamicNtkScaling, LayerType, RopeSpec, YarnScaling, parse_rope
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -30,6 +32,18 @@ class LayerSpec:
 
     window: int | None  # a token sees itself and window - 1 tokens before it; None = everything before it
     rope: RopeSpec | None  # None = no positions at all (NoPE)
+    moe: MoeSpec | None = None  # None = one MLP for all tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """Multi-head latent attention (MLA; DeepSeek-AI, arXiv 2405.04434): keys and values come from a short latent."""
+
+    q_rank: int | None  # queries come from a latent of this size; None = from the hidden state
+    kv_rank: int
+    rope_dim: int  # entries of a query or key that rotate; the key's are those of all heads
+    nope_dim: int  # entries that do not
+    v_dim: int  # of a head's value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +67,9 @@ class ModelSpec:
     qk_norm: Literal["none", "head", "projection"]  # RMS norm of queries and keys: none, by head, over all heads
     qkv_bias: bool
     o_bias: bool
+    sinks: bool  # one more score a head, without a value
+    rope_interleaved: bool  # the pairs (2i, 2i + 1) turn; otherwise (i, rotary_dim / 2 + i)
+    latent: LatentSpec | None  # `head_dim` is then that of keys and values in the cache, and qkv_bias of the latents
     mlp_bias: bool
     activation: Activation
     attention_scale: float  # of the scores
@@ -94,10 +111,15 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
     num_heads = fields.size("num_attention_heads")
     num_kv_heads = fields.optional_integer("num_key_value_heads") or num_heads
     hidden_size = fields.size("hidden_size")
-    head_dim = fields.optional_integer("head_dim") or hidden_size // num_heads
+    latent = _latent(fields) if family.latent_attention else None
+    head_dim = _head_dim(fields, latent, hidden_size=hidden_size, num_heads=num_heads)
     if num_heads % num_kv_heads or head_dim % 2:
         raise fields.unsupported(f"{num_heads} heads of {head_dim} over {num_kv_heads} KV heads do not divide evenly")
-    layers = _layers(fields, family, head_dim=head_dim)
+    if latent and num_heads != num_kv_heads:
+        raise fields.unsupported(f"latent attention has a key for each of {num_heads} heads, not {num_kv_heads}")
+    _check_fixed(fields, family)
+    activation = _activation(fields, family)
+    layers = _layers(fields, family, rope_head_dim=latent.rope_dim if latent else head_dim, activation=activation)
     max_positions = fields.size("max_position_embeddings")
     spec = ModelSpec(
         architecture=architecture,
@@ -115,11 +137,14 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
         qk_norm=family.qk_norm,
-        qkv_bias=_bias(fields, family.qkv_bias),
-        o_bias=_bias(fields, family.o_bias),
-        mlp_bias=_bias(fields, family.mlp_bias),
-        activation=_activation(fields, family),
-        attention_scale=_attention_scale(fields, family, head_dim=head_dim),
+        qkv_bias=_presence(fields, family.qkv_bias),
+        o_bias=_presence(fields, family.o_bias),
+        sinks=family.attention_sinks,
+        rope_interleaved=_presence(fields, family.rope_interleaved),
+        latent=latent,
+        mlp_bias=_presence(fields, family.mlp_bias),
+        activation=activation,
+        attention_scale=_latent_scale(latent, layers) if latent else _attention_scale(fields, family, head_dim),
         attention_soft_cap=fields.optional_number("attn_logit_softcapping") if family.has_attention_soft_cap else None,
         logit_soft_cap=fields.optional_number("final_logit_softcapping") if family.has_logit_soft_cap else None,
         embedding_scale=_embedding_scale(fields, family, hidden_size=hidden_size),
@@ -145,7 +170,32 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
     raise UnsupportedModel(f"The architecture {names[0]} is not supported. Supported: {', '.join(sorted(FAMILIES))}")
 
 
-def _layers(fields: ConfigFields, family: Family, *, head_dim: int) -> tuple[LayerSpec, ...]:
+def _check_fixed(fields: ConfigFields, family: Family) -> None:
+    for name, values in family.fixed.items():
+        value = fields.value(name)
+        if value not in values:
+            raise fields.unsupported(f"`{name}` in config.json cannot be {value!r}, only {values[-1]!r}")
+
+
+def _latent(fields: ConfigFields) -> LatentSpec:
+    return LatentSpec(
+        q_rank=fields.optional_integer("q_lora_rank"),
+        kv_rank=fields.size("kv_lora_rank"),
+        rope_dim=fields.size("qk_rope_head_dim"),
+        nope_dim=fields.size("qk_nope_head_dim"),
+        v_dim=fields.size("v_head_dim"),
+    )
+
+
+def _head_dim(fields: ConfigFields, latent: LatentSpec | None, *, hidden_size: int, num_heads: int) -> int:
+    if latent:
+        return max(latent.rope_dim + latent.nope_dim, latent.v_dim)
+    return fields.optional_integer("head_dim") or hidden_size // num_heads
+
+
+def _layers(
+    fields: ConfigFields, family: Family, *, rope_head_dim: int, activation: Activation
+) -> tuple[LayerSpec, ...]:
     num_layers = fields.size("num_hidden_layers")
     max_positions = fields.size("max_position_embeddings")
     window = _window(fields, family)
@@ -155,15 +205,16 @@ def _layers(fields: ConfigFields, family: Family, *, head_dim: int) -> tuple[Lay
         sliding: parse_rope(
             fields,
             _layer_type(sliding),
-            head_dim=head_dim,
+            head_dim=rope_head_dim,
             max_positions=max_positions,
             partial_rotary=family.partial_rotary,
         )
         for sliding in set(windowed)
     }
+    moes = parse_moe(fields, family.moe, num_layers, activation) if family.moe else [None] * num_layers
     return tuple(
-        LayerSpec(window=window if sliding else None, rope=ropes[sliding] if rotates else None)
-        for sliding, rotates in zip(windowed, rotated, strict=True)
+        LayerSpec(window=window if sliding else None, rope=ropes[sliding] if rotates else None, moe=moe)
+        for sliding, rotates, moe in zip(windowed, rotated, moes, strict=True)
     )
 
 
@@ -214,10 +265,10 @@ def _stretched(max_positions: int, layers: tuple[LayerSpec, ...]) -> int:
     return max([max_positions, *stretched])
 
 
-def _bias(fields: ConfigFields, bias: Bias) -> bool:
-    if isinstance(bias, bool):
-        return bias
-    present = [name for name in bias if fields.value(name) is not None]
+def _presence(fields: ConfigFields, presence: Presence) -> bool:
+    if isinstance(presence, bool):
+        return presence
+    present = [name for name in presence if fields.value(name) is not None]
     return fields.flag(present[0]) if present else False
 
 
@@ -229,7 +280,14 @@ def _activation(fields: ConfigFields, family: Family) -> Activation:
     return ACTIVATIONS[name]
 
 
-def _attention_scale(fields: ConfigFields, family: Family, *, head_dim: int) -> float:
+def _latent_scale(latent: LatentSpec, layers: tuple[LayerSpec, ...]) -> float:
+    """By the size of a key, and by YaRN's temperature, which such models apply to the scores instead."""
+    scaling = layers[0].rope.scaling if layers[0].rope else None
+    factor = scaling.score_factor if isinstance(scaling, YarnScaling) else 1.0
+    return float((latent.rope_dim + latent.nope_dim) ** -0.5) * factor
+
+
+def _attention_scale(fields: ConfigFields, family: Family, head_dim: int) -> float:
     if family.has_multipliers:
         return _multiplier(fields, family, "attention_multiplier")
     if family.query_scalar_field is not None:

@@ -1,0 +1,113 @@
+"""The tensors of a mixture of experts, and how they are cut over ranks. Pure: shapes only.
+
+Every rank has a part of every expert, cut by the intermediate size as an ordinary MLP is, so that all ranks have the
+same work whichever experts are chosen.
+"""
+
+from collections.abc import Iterator
+from math import gcd
+
+from llmd.model.family import TensorNames
+from llmd.model.gated_mlp_parameters import MLP_UNIT, gated_mlp_parameters
+from llmd.model.moe_spec import MoeSpec
+from llmd.model.parallel import ExpertView, Parameter, Piece, Shard, split, whole
+
+
+def expert_parameters(
+    moe: MoeSpec, names: TensorNames, here: str, there: str, *, hidden_size: int
+) -> Iterator[Parameter]:
+    """Of the layer whose parts are called `here`.… in the decoder and `there`.… in the checkpoint."""
+    router = whole(f"{there}.{names.router}.weight", moe.num_experts, hidden_size)
+    yield Parameter(f"{here}.router.weight", (router,), in_float32=moe.router_in_float32)
+    if moe.router_bias:
+        yield Parameter(f"{here}.router.bias", (whole(f"{there}.{names.router}.bias", moe.num_experts),))
+    if moe.choice_bias:
+        # the scores that it is added to lie so close together that 16 bits would change the choice
+        choice_bias = whole(f"{there}.{names.choice_bias}", moe.num_experts)
+        yield Parameter(f"{here}.choice_bias", (choice_bias,), in_float32=True)
+    if "{expert}" in names.expert_down:
+        yield from _separate_experts(moe, names, here, there, hidden_size)
+    else:
+        yield from _stacked_experts(moe, names, here, there, hidden_size)
+    if moe.shared_size:
+        yield from gated_mlp_parameters(
+            f"{here}.shared",
+            gate_up=tuple(f"{there}.{name}" for name in names.shared_gate_up),
+            down=f"{there}.{names.shared_down}",
+            hidden_size=hidden_size,
+            size=moe.shared_size,
+        )
+    if moe.shared_gate:
+        yield Parameter(f"{here}.shared_gate.weight", (whole(f"{there}.{names.shared_gate}.weight", 1, hidden_size),))
+
+
+def _separate_experts(
+    moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int
+) -> Iterator[Parameter]:
+    """From one tensor for each matrix of each expert."""
+    size, unit = moe.expert_size, gcd(moe.expert_size, MLP_UNIT)
+
+    def matrix(name: str, expert: int) -> str:
+        return f"{there}.{name.format(expert=expert)}.weight"
+
+    experts = range(moe.num_experts)
+    gate_up = tuple(
+        split(matrix(name, expert), size, hidden_size, dim=0, unit=unit)
+        for expert in experts
+        for name in names.expert_gate_up
+    )
+    down = tuple(split(matrix(names.expert_down, expert), hidden_size, size, dim=1, unit=unit) for expert in experts)
+    yield Parameter(f"{here}.experts.gate_up.weight", gate_up, num_experts=moe.num_experts)
+    yield Parameter(f"{here}.experts.down.weight", down, num_experts=moe.num_experts)
+
+
+def _stacked_experts(
+    moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int
+) -> Iterator[Parameter]:
+    """From one tensor for all experts: plain ones transposed, MXFP4 ones not; gate's and up's rows alternate."""
+    size, experts = moe.expert_size, moe.num_experts
+
+    def piece(tensor: str, tensor_shape: tuple[int, ...], view: ExpertView, dim: int) -> Piece:
+        unit = gcd(size, MLP_UNIT)
+        return Piece(
+            tensor=tensor, tensor_shape=tensor_shape, sharding=Shard(dim, unit), num_units=size // unit, pitch=unit,
+            view=view,
+        )  # fmt: skip
+
+    def matrices(name: str, shape: tuple[int, int], dim: int, *, step: int = 1) -> Parameter:
+        rows, columns = shape
+        stored = (step * rows, columns) if moe.mxfp4 else (columns, step * rows)
+        pieces = tuple(
+            piece(
+                f"{there}.{name}",
+                (experts, *stored),
+                ExpertView(
+                    expert=expert, shape=shape, transposed=not moe.mxfp4, first_row=row, row_step=step, mxfp4=moe.mxfp4
+                ),
+                dim,
+            )
+            for expert in range(experts)
+            for row in range(step)
+        )
+        part = "gate_up" if step == 2 else "down"
+        return Parameter(f"{here}.experts.{part}.weight", pieces, num_experts=experts)
+
+    (gate_up,) = names.expert_gate_up
+    yield matrices(gate_up, (size, hidden_size), 0, step=2)
+    if moe.expert_bias:
+        bias = tuple(
+            piece(
+                f"{there}.{gate_up}_bias",
+                (experts, 2 * size),
+                ExpertView(expert=expert, shape=(size,), first_row=row, row_step=2),
+                0,
+            )
+            for expert in range(experts)
+            for row in range(2)
+        )
+        yield Parameter(f"{here}.experts.gate_up.bias", bias, num_experts=experts)
+    yield matrices(names.expert_down, (hidden_size, size), 1)
+    if moe.expert_bias:
+        yield Parameter(
+            f"{here}.experts.down.bias", (whole(f"{there}.{names.expert_down}_bias", experts, hidden_size),)
+        )
