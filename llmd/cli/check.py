@@ -67,7 +67,10 @@ def _layers(spec: ModelSpec) -> str:
     windows = sorted({layer.window for layer in spec.layers if layer.window})
     windowed = sum(layer.window is not None for layer in spec.layers)
     text = f"{len(spec.layers)}, {spec.num_heads} heads over {spec.num_kv_heads} KV heads of {spec.head_dim}"
-    return text + (f", {windowed} with a window of {windows[0]}" if windows else "")
+    text += " (expanded from latents)" if spec.latent else ""
+    text += f", {windowed} with a window of {windows[0]}" if windows else ""
+    moes = [layer.moe for layer in spec.layers if layer.moe]
+    return text + (f", {len(moes)} with {moes[0].num_experts} experts, {moes[0].num_chosen} a token" if moes else "")
 
 
 def _text_rows(config: Config, model_dir: Path) -> list[tuple[str, str]]:

@@ -24,6 +24,8 @@ class Attention:
     scale: float
     window: int | None
     soft_cap: float | None
+    sinks: Tensor | None  # [num_heads]
+    rope_interleaved: bool
 
     def __call__(self, x: Tensor, inputs: ModelInputs, cache: LayerCache) -> Tensor:
         """[num_tokens, hidden_size] → the same. Writes the tokens' keys and values to their slots."""
@@ -39,6 +41,7 @@ class Attention:
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             cos_sin=self.cos_sin,
+            interleaved=self.rope_interleaved,
             q_norm=self.q_norm.weight if self.q_norm and self.norm_by_head else None,
             k_norm=self.k_norm.weight if self.k_norm and self.norm_by_head else None,
             norm_eps=self.q_norm.eps if self.q_norm else 0.0,
@@ -56,6 +59,7 @@ class Attention:
             soft_cap=self.soft_cap,
             k_scales=cache.k_scales,
             v_scales=cache.v_scales,
+            sinks=self.sinks,
         )
         return self.o(out.flatten(1))
 

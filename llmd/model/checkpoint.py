@@ -10,10 +10,11 @@ from torch import Tensor
 from llmd.errors import StartupFailed, UnsupportedModel
 from llmd.model.decoder import Decoder
 from llmd.model.dummy import dummy_parameters
-from llmd.model.parallel import Parameter, Piece, Rank, Shard
+from llmd.model.mxfp4 import copy_dequantized
+from llmd.model.parallel import MXFP4_BLOCK, ExpertView, Parameter, Piece, Rank, Shard
 from llmd.model.parameters import parameters
 from llmd.model.registry import FAMILIES
-from llmd.model.safetensors_folder import DTYPES, StoredTensor, map_file, read_headers, tensor_view
+from llmd.model.safetensors_folder import FLOAT_DTYPES, StoredTensor, map_file, read_headers, tensor_view
 from llmd.model.spec import load_spec
 
 # Tensors that old checkpoints carry although they are computed
@@ -60,7 +61,8 @@ def load_decoder(
         )
         return Decoder(spec, weights, max_model_len=max_model_len)
     family = FAMILIES[spec.architecture]
-    stored = read_headers(model_dir, prefixes=family.prefixes, ignored_prefixes=family.ignored_prefixes)
+    ignored_prefixes = tuple(prefix.format(num_layers=len(spec.layers)) for prefix in family.ignored_prefixes)
+    stored = read_headers(model_dir, prefixes=family.prefixes, ignored_prefixes=ignored_prefixes)
     harmless = frozenset({f"{family.names.head}.weight"}) if spec.tied_embeddings else frozenset[str]()
     check_tensors(stored, wanted, harmless=harmless)
     weights = load_parameters(stored, wanted, dtype=dtype, device=device, rank=Rank(), progress=progress)
@@ -76,25 +78,31 @@ def check_tensors(
     """
     needed: set[str] = set()
     for piece in (piece for parameter in parameters for piece in parameter.pieces):
-        needed.add(piece.tensor)
-        tensor = stored.get(piece.tensor)
-        if tensor is None:
-            raise UnsupportedModel(f"The checkpoint has no tensor {piece.tensor}")
-        if tensor.shape != piece.tensor_shape:
-            raise UnsupportedModel(
-                f"The tensor {piece.tensor} has the shape {list(tensor.shape)}; config.json implies "
-                f"{list(piece.tensor_shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise UnsupportedModel(
-                f"The tensor {piece.tensor} has the dtype {tensor.dtype}; supported: {', '.join(DTYPES)}"
-            )
+        for name, shape in piece.tensors.items():
+            # the experts of one tensor ask for it again and again
+            if name not in needed:
+                needed.add(name)
+                _check_tensor(stored, name, shape, dtypes=("U8",) if piece.is_mxfp4 else tuple(FLOAT_DTYPES))
     extra = [name for name in stored if name not in needed | harmless and not name.endswith(HARMLESS_SUFFIXES)]
     if extra:
         raise UnsupportedModel(
             f"The checkpoint has a tensor {min(extra)} that this architecture does not use"
             + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else "")
         )
+
+
+def _check_tensor(
+    stored: Mapping[str, StoredTensor], name: str, shape: tuple[int, ...], *, dtypes: tuple[str, ...]
+) -> None:
+    tensor = stored.get(name)
+    if tensor is None:
+        raise UnsupportedModel(f"The checkpoint has no tensor {name}")
+    if tensor.shape != shape:
+        raise UnsupportedModel(
+            f"The tensor {name} has the shape {list(tensor.shape)}; config.json implies {list(shape)}"
+        )
+    if tensor.dtype not in dtypes:
+        raise UnsupportedModel(f"The tensor {name} has the dtype {tensor.dtype}; supported: {', '.join(dtypes)}")
 
 
 def load_parameters(
@@ -112,33 +120,51 @@ def load_parameters(
     in place, bytes in all), with growing first number, (0, all) and (all, all) included.
     """
     parameters = list(parameters)
-    total = dtype.itemsize * sum(parameter.num_elements(rank) for parameter in parameters)
+    total = sum(parameter.num_bytes(rank, dtype.itemsize) for parameter in parameters)
     files = {file: map_file(file) for file in {tensor.file for tensor in stored.values()}}
+    views = {name: tensor_view(files[tensor.file], tensor) for name, tensor in stored.items()}
     done = 0
     progress(done, total)
     weights: dict[str, Tensor] = {}
     for parameter in parameters:
-        weight = torch.empty(parameter.shape(rank), dtype=dtype, device=device)
+        kept_dtype = torch.float32 if parameter.in_float32 else dtype
+        weight = torch.empty(parameter.shape(rank), dtype=kept_dtype, device=device)
+        rows = weight if parameter.num_experts is None else weight.flatten(0, 1)
         row = 0
         for piece in parameter.pieces:
-            tensor = stored[piece.tensor]
-            row += _copy_piece(weight[row:], piece, tensor_view(files[tensor.file], tensor), rank)
+            row += _copy_piece(rows[row:], piece, [views[name] for name in piece.tensors], rank)
         weights[parameter.name] = weight
         done += weight.nbytes
         progress(done, total)
     return weights
 
 
-def _copy_piece(target: Tensor, piece: Piece, source: Tensor, rank: Rank) -> int:
-    """Copy this rank's slices of the source to the first rows of the target → how many rows."""
+def _copy_piece(target: Tensor, piece: Piece, sources: list[Tensor], rank: Rank) -> int:
+    """Copy this rank's slices of the sources (`piece.tensors`) to the first rows of the target → how many rows."""
     dim = piece.sharding.dim if isinstance(piece.sharding, Shard) else 0
     target = target[: piece.shape(rank)[0]]
+    matrices = [_viewed(source, piece.view) for source in sources]
     start = 0
     for part in piece.slices(rank):
         length = part.stop - part.start
-        _copy(target.narrow(dim, start, length), source.narrow(dim, part.start, length))
+        here = target.narrow(dim, start, length)
+        if piece.is_mxfp4:
+            # along a row there are as many scales and blocks, each for MXFP4_BLOCK numbers
+            per_entry = MXFP4_BLOCK if dim == 1 else 1
+            blocks, scales = (m.narrow(dim, part.start // per_entry, length // per_entry) for m in matrices)
+            copy_dequantized(here, blocks, scales)
+        else:
+            _copy(here, matrices[0].narrow(dim, part.start, length))
         start += length
     return target.shape[0]
+
+
+def _viewed(source: Tensor, view: ExpertView | None) -> Tensor:
+    """What a piece means of a tensor."""
+    if view is None:
+        return source
+    matrix = source[view.expert]
+    return (matrix.T if view.transposed else matrix)[view.first_row :: view.row_step]
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

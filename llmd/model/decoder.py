@@ -1,6 +1,6 @@
 """The network: one decoder for every family, described by its ModelSpec. Knows nothing of requests and files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,10 +9,16 @@ from torch.nn.functional import embedding
 from llmd.model.attention import Attention
 from llmd.model.inputs import ModelInputs
 from llmd.model.kv_cache import KvCache, LayerCache
+from llmd.model.latent_attention import LatentAttention
 from llmd.model.layers import GatedMlp, Linear, RmsNorm, add_and_norm
+from llmd.model.moe import Moe
+from llmd.model.moe_spec import MoeSpec
 from llmd.model.rope import cos_sin_table
-from llmd.model.spec import ModelSpec
+from llmd.model.spec import LatentSpec, ModelSpec
 from llmd_kernels import pack_weight
+
+# the reference gives the latents' norms this one, whatever config.json says of the others
+LATENT_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,10 +26,10 @@ class DecoderLayer:
     """Attention and MLP, each with a norm before it, after it, or both. A norm that a family lacks is None."""
 
     attention_norm: RmsNorm | None
-    attention: Attention
+    attention: Attention | LatentAttention
     attention_output_norm: RmsNorm | None
     mlp_norm: RmsNorm | None
-    mlp: GatedMlp
+    mlp: GatedMlp | Moe
     mlp_output_norm: RmsNorm | None
     residual_scale: float
 
@@ -45,7 +51,8 @@ class DecoderLayer:
 class Decoder:
     """A whole model on one device.
 
-    weights: one tensor for each of `parameters(spec)`, by its name, all of one dtype on one device. They are taken out
+    weights: one tensor for each of `parameters(spec)`, by its name, all of the model's dtype (or float32, where the
+    parameter says so) on one device. They are taken out
     of the dictionary one by one, so that each is free again once it is packed for its product.
     max_model_len: the longest context that will be served; positions beyond it have no rotary embedding.
     """
@@ -95,22 +102,57 @@ class Decoder:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The weights of one layer, or of a part of it, as the things that they belong to. Each can be taken once."""
+
+    prefix: str
+    weights: dict[str, Tensor]
+    spec: ModelSpec
+
+    def part(self, name: str) -> "LayerWeights":
+        return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def optional(self, name: str) -> Tensor | None:
+        return self.weights.pop(self.prefix + name, None)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.weights.pop(self.prefix + name)
+
+    def linear(self, name: str) -> Linear:
+        return Linear(pack_weight(self.tensor(f"{name}.weight")), self.optional(f"{name}.bias"))
+
+    def optional_norm(self, name: str) -> RmsNorm | None:
+        weight = self.optional(name)
+        return None if weight is None else RmsNorm(weight, self.spec.norm_eps, self.spec.norm_weight_offset)
+
+    def mlp(self) -> GatedMlp:
+        return GatedMlp(gate_up=self.linear("gate_up"), down=self.linear("down"), activation=self.spec.activation)
+
+
 def _layer(spec: ModelSpec, index: int, weights: dict[str, Tensor], *, cos_sin: Tensor | None) -> DecoderLayer:
     """The layer's parts around its weights."""
+    here = LayerWeights(f"layers.{index}.", weights, spec)
+    moe = spec.layers[index].moe
+    return DecoderLayer(
+        attention_norm=here.optional_norm("attention_norm"),
+        attention=_latent_attention(spec, spec.latent, here, cos_sin)
+        if spec.latent
+        else _attention(spec, index, here, cos_sin),
+        attention_output_norm=here.optional_norm("attention_output_norm"),
+        mlp_norm=here.optional_norm("mlp_norm"),
+        mlp=here.mlp() if moe is None else _moe(moe, here),
+        mlp_output_norm=here.optional_norm("mlp_output_norm"),
+        residual_scale=spec.residual_scale,
+    )
 
-    def norm(name: str) -> RmsNorm | None:
-        weight = weights.pop(f"layers.{index}.{name}", None)
-        return None if weight is None else RmsNorm(weight, spec.norm_eps, spec.norm_weight_offset)
 
-    def linear(name: str) -> Linear:
-        name = f"layers.{index}.{name}"
-        return Linear(pack_weight(weights.pop(f"{name}.weight")), weights.pop(f"{name}.bias", None))
-
-    attention = Attention(
-        qkv=linear("qkv"),
-        o=linear("o"),
-        q_norm=norm("q_norm"),
-        k_norm=norm("k_norm"),
+def _attention(spec: ModelSpec, index: int, here: LayerWeights, cos_sin: Tensor | None) -> Attention:
+    return Attention(
+        qkv=here.linear("qkv"),
+        o=here.linear("o"),
+        q_norm=here.optional_norm("q_norm"),
+        k_norm=here.optional_norm("k_norm"),
         norm_by_head=spec.qk_norm == "head",
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
@@ -119,13 +161,43 @@ def _layer(spec: ModelSpec, index: int, weights: dict[str, Tensor], *, cos_sin: 
         scale=spec.attention_scale,
         window=spec.layers[index].window,
         soft_cap=spec.attention_soft_cap,
+        sinks=here.optional("sinks"),
+        rope_interleaved=spec.rope_interleaved,
     )
-    return DecoderLayer(
-        attention_norm=norm("attention_norm"),
-        attention=attention,
-        attention_output_norm=norm("attention_output_norm"),
-        mlp_norm=norm("mlp_norm"),
-        mlp=GatedMlp(gate_up=linear("gate_up"), down=linear("down"), activation=spec.activation),
-        mlp_output_norm=norm("mlp_output_norm"),
-        residual_scale=spec.residual_scale,
+
+
+def _latent_attention(
+    spec: ModelSpec, latent: LatentSpec, here: LayerWeights, cos_sin: Tensor | None
+) -> LatentAttention:
+    def norm(name: str) -> RmsNorm:
+        return RmsNorm(here.tensor(name), LATENT_NORM_EPS, 0.0)
+
+    return LatentAttention(
+        spec=latent,
+        q_a=None if latent.q_rank is None else here.linear("q_a"),
+        q_a_norm=None if latent.q_rank is None else norm("q_a_norm"),
+        q=here.linear("q"),
+        kv_a=here.linear("kv_a"),
+        kv_a_norm=norm("kv_a_norm"),
+        kv_b=here.linear("kv_b"),
+        o=here.linear("o"),
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        cos_sin=cos_sin,
+        rope_interleaved=spec.rope_interleaved,
+        scale=spec.attention_scale,
+    )
+
+
+def _moe(moe: MoeSpec, here: LayerWeights) -> Moe:
+    return Moe(
+        spec=moe,
+        router=here.linear("router"),
+        choice_bias=here.optional("choice_bias"),
+        gate_up=here.tensor("experts.gate_up.weight"),
+        gate_up_bias=here.optional("experts.gate_up.bias"),
+        down=here.tensor("experts.down.weight"),
+        down_bias=here.optional("experts.down.bias"),
+        shared=here.part("shared").mlp() if moe.shared_size else None,
+        shared_gate=here.linear("shared_gate") if moe.shared_gate else None,
     )

@@ -41,9 +41,7 @@ def expert_parameters(
         yield Parameter(f"{here}.shared_gate.weight", (whole(f"{there}.{names.shared_gate}.weight", 1, hidden_size),))
 
 
-def _separate_experts(
-    moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int
-) -> Iterator[Parameter]:
+def _separate_experts(moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int) -> Iterator[Parameter]:
     """From one tensor for each matrix of each expert."""
     size, unit = moe.expert_size, gcd(moe.expert_size, MLP_UNIT)
 
@@ -61,9 +59,7 @@ def _separate_experts(
     yield Parameter(f"{here}.experts.down.weight", down, num_experts=moe.num_experts)
 
 
-def _stacked_experts(
-    moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int
-) -> Iterator[Parameter]:
+def _stacked_experts(moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int) -> Iterator[Parameter]:
     """From one tensor for all experts: plain ones transposed, MXFP4 ones not; gate's and up's rows alternate."""
     size, experts = moe.expert_size, moe.num_experts
 

@@ -64,9 +64,13 @@ class Piece:
     view: ExpertView | None = None
 
     @property
+    def is_mxfp4(self) -> bool:
+        return self.view is not None and self.view.mxfp4
+
+    @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """The names and whole shapes of what it is read from."""
-        if self.view is None or not self.view.mxfp4:
+        if not self.is_mxfp4:
             return {self.tensor: self.tensor_shape}
         *rows, num_inputs = self.tensor_shape
         blocks = (*rows, num_inputs // MXFP4_BLOCK, MXFP4_BLOCK // 2)

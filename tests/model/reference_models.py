@@ -35,6 +35,27 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 
+EXPERTS_5 = {"num_local_experts": 5, "num_experts_per_tok": 2}
+EXPERTS_7 = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+GPT_OSS = {
+    **HEAD_16, **EXPERTS_5, "sliding_window": WINDOW, "max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "original_max_position_embeddings": 8,
+        "beta_fast": 4.0, "beta_slow": 1.0, "truncate": False,
+    },
+}  # fmt: skip
+DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "num_key_value_heads": 6, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 14, "qk_rope_head_dim": 8, "v_head_dim": 10,
+}  # fmt: skip
+DEEPSEEK_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "original_max_position_embeddings": 8,
+        "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 1.4,
+    }
+}  # fmt: skip
+
 
 def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1000.0, **parameters}}
@@ -108,15 +129,64 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": True, "sliding_window": WINDOW},
     ),
     "exaone4, hybrid": ("exaone4", {**HEAD_16, "sliding_window": WINDOW, "sliding_window_pattern": 3}),
+    "mixtral": ("mixtral", EXPERTS_5),
+    "mixtral with windows": ("mixtral", EXPERTS_5 | {"sliding_window": WINDOW, "num_experts_per_tok": 3}),
+    "qwen2 moe": ("qwen2_moe", EXPERTS_7 | {"shared_expert_intermediate_size": 40}),
+    "qwen2 moe, some dense layers, windows": (
+        "qwen2_moe",
+        EXPERTS_7
+        | {
+            "shared_expert_intermediate_size": 40, "norm_topk_prob": True, "decoder_sparse_step": 2,
+            "qkv_bias": False, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3,
+        },
+    ),
+    "qwen3 moe": ("qwen3_moe", EXPERTS_7 | HEAD_16 | {"norm_topk_prob": True}),
+    "qwen3 moe, some dense layers": (
+        "qwen3_moe",
+        EXPERTS_7
+        | HEAD_16
+        | {"norm_topk_prob": False, "mlp_only_layers": [0, 3], "attention_bias": True, "hidden_act": "gelu"},
+    ),
+    "qwen3 moe, windows": (
+        "qwen3_moe",
+        EXPERTS_7 | HEAD_16 | {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+    ),
+    "gpt-oss": ("gpt_oss", GPT_OSS),
+    "gpt-oss, other layers, no biases": (
+        "gpt_oss",
+        GPT_OSS
+        | {
+            "attention_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "deepseek v2": ("deepseek_v2", DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek v2, groups, yarn, biases": (
+        "deepseek_v2",
+        DEEPSEEK
+        | {
+            "q_lora_rank": 20, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+            "attention_bias": True, "num_experts_per_tok": 3, "first_k_dense_replace": 0, **DEEPSEEK_YARN,
+        },
+    ),
+    "deepseek v3": ("deepseek_v3", DEEPSEEK | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, **DEEPSEEK_YARN}),
+    "deepseek v3, wide values, halves turn": (
+        "deepseek_v3",
+        DEEPSEEK
+        | {
+            "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False, "v_head_dim": 26,
+            "norm_topk_prob": False,
+        },
+    ),
     "exaone4, full": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
 }  # fmt: skip
 
 
-def make_reference(model_type: str, fields: dict[str, Any]) -> PreTrainedModel:
+def make_reference(model_type: str, fields: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
     """A random model on float32; every parameter differs from what its initialization leaves alone."""
     fields = {name: dict(value) if isinstance(value, dict) else value for name, value in (SIZES | fields).items()}
     config = AutoConfig.for_model(model_type, **fields)
-    return randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    return randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), seed)
 
 
 def make_multimodal_gemma3() -> PreTrainedModel:
@@ -130,8 +200,8 @@ def make_multimodal_gemma3() -> PreTrainedModel:
     return randomized(Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager"))
 
 
-def randomized(model: PreTrainedModel) -> PreTrainedModel:
-    generator = torch.Generator().manual_seed(0)
+def randomized(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -140,6 +210,10 @@ def randomized(model: PreTrainedModel) -> PreTrainedModel:
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(noise * 1.2 / parameter.shape[1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # as far apart as the scores themselves
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 

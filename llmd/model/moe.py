@@ -1,0 +1,51 @@
+"""A mixture of experts in the place of the MLP: a router, the experts that it chooses, the one that all tokens have."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmd.model.layers import GatedMlp, Linear
+from llmd.model.moe_spec import MoeSpec
+from llmd_kernels import experts, route
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moe:
+    spec: MoeSpec
+    router: Linear
+    choice_bias: Tensor | None  # [num_experts] float32
+    gate_up: Tensor  # [num_experts, 2 · expert_size, hidden_size], the gates' rows, then ups'
+    gate_up_bias: Tensor | None  # [num_experts, 2 · expert_size]
+    down: Tensor  # [num_experts, hidden_size, expert_size]
+    down_bias: Tensor | None  # [num_experts, hidden_size]
+    shared: GatedMlp | None
+    shared_gate: Linear | None  # one output: the sigmoid of it weighs what the shared expert gives
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, hidden_size] → the same."""
+        spec = self.spec
+        expert_ids, weights = route(
+            self.router(x.float() if spec.router_in_float32 else x),
+            num_chosen=spec.num_chosen,
+            scoring=spec.scoring,
+            renormalize=spec.renormalize,
+            scale=spec.scale,
+            choice_bias=self.choice_bias,
+            num_groups=spec.num_groups,
+            num_chosen_groups=spec.num_chosen_groups,
+            group_score=spec.group_score,
+        )
+        y = experts(
+            x,
+            expert_ids,
+            weights,
+            self.gate_up,
+            self.down,
+            activation=spec.activation,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
+        )
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        return y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
