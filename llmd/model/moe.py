@@ -48,4 +48,8 @@ class Moe:
         if self.shared is None:
             return y
         shared = self.shared(x)
-        return y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+        if self.shared_gate is None:
+            return y + shared
+        # not torch.sigmoid: its last bit depends on where in a tensor a number stands (contract C3)
+        weight = 1 / self.shared_gate(x).float().neg_().exp_().add_(1)
+        return (y + weight * shared).to(x.dtype)

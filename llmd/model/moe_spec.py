@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llmd.model.config_fields import ConfigFields
 from llmd.model.family import ExpertActivation, GroupScore, MoeFamily, Scoring
+from llmd.model.parallel import MXFP4_BLOCK
 
 NUM_EXPERTS_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -100,4 +101,7 @@ def _is_mxfp4(fields: ConfigFields, family: MoeFamily) -> bool:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "mxfp4":
         raise fields.unsupported(f"`quantization_config` in config.json: the method {method!r} is not supported")
+    for name in ("hidden_size", family.expert_size_field):
+        if fields.size(name) % MXFP4_BLOCK:
+            raise fields.unsupported(f"`{name}` ({fields.size(name)}) is no multiple of MXFP4's block, {MXFP4_BLOCK}")
     return True

@@ -22,7 +22,7 @@ def copy_dequantized(target: Tensor, blocks: Tensor, scales: Tensor) -> None:
     blocks, scales = blocks.to(target.device), scales.to(target.device)
     pairs = _pairs_of_values(target.device)
     values = pairs.index_select(0, blocks.flatten().int()).view(*blocks.shape[:-1], -1)
-    powers = torch.ldexp(torch.ones((), device=target.device), scales.int() - EXPONENT_BIAS)
+    powers = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - EXPONENT_BIAS)
     powers.masked_fill_(scales == NOT_A_NUMBER, torch.nan)
     target.copy_(values.mul_(powers[..., None]).flatten(1))
 

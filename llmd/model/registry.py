@@ -196,8 +196,8 @@ QWEN2_MOE = replace(
         shared_down="mlp.shared_expert.down_proj",
     ),
     defaults={
-        **QWEN2.defaults, "num_key_value_heads": 16, "qkv_bias": True, "decoder_sparse_step": 1, "num_experts_per_tok": 4,
-        "num_experts": 60, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        **QWEN2.defaults, "num_key_value_heads": 16, "qkv_bias": True, "decoder_sparse_step": 1, "num_experts": 60,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
         "intermediate_size": 5632,
     },
     qkv_bias=("qkv_bias",),

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from llmd.errors import StartupFailed, UnsupportedModel
 from llmd.model.checkpoint import load_decoder, load_parameters
+from llmd.model.memory import weight_bytes
 from llmd.model.parallel import Parameter, Piece, Rank, Shard
 from llmd.model.parameters import parameters
 from llmd.model.safetensors_folder import read_headers
 from llmd.model.spec import load_spec
-from tests.model.reference_models import make_reference, save_reference
+from tests.model.reference_models import CASES, make_reference, save_reference
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
@@ -97,6 +98,8 @@ def test_sharded_checkpoints_are_read_through_their_index(folder: Path) -> None:
 
 def joined(ranks: list[Tensor], parameter: Parameter) -> Tensor:
     """A parameter put together from all ranks' parts, piece by piece."""
+    if parameter.num_experts is not None:
+        ranks = [rank.flatten(0, 1) for rank in ranks]
     rows: list[Tensor] = []
     offsets = [0] * len(ranks)
     for piece in parameter.pieces:
@@ -106,7 +109,8 @@ def joined(ranks: list[Tensor], parameter: Parameter) -> Tensor:
             parts.append(weight[offsets[index] : offsets[index] + num_rows])
             offsets[index] += num_rows
         rows.append(torch.cat(parts, dim=piece.sharding.dim) if isinstance(piece.sharding, Shard) else parts[0])
-    return torch.cat(rows)
+    joined_rows = torch.cat(rows)
+    return joined_rows if parameter.num_experts is None else joined_rows.unflatten(0, (parameter.num_experts, -1))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -121,13 +125,75 @@ def test_ranks_together_have_the_whole_model(size: int, tmp_path: Path) -> None:
         assert torch.equal(joined([rank[parameter.name] for rank in ranks], parameter), whole[parameter.name])
 
 
-@pytest.mark.parametrize(("model_type", "fields"), [("phi3", {}), ("olmo2", {}), ("qwen2", {})])
-def test_ranks_cut_fused_tensors_norms_and_biases(model_type: str, fields: dict[str, object], tmp_path: Path) -> None:
-    folder = save_reference(make_reference(model_type, fields), tmp_path)
+@pytest.mark.parametrize("case", ["phi3", "olmo2", "qwen2", "mixtral", "qwen2 moe", "gpt-oss", "deepseek v3"])
+def test_ranks_cut_fused_tensors_norms_biases_and_experts(case: str, tmp_path: Path) -> None:
+    folder = save_reference(make_reference(*CASES[case]), tmp_path)
     (whole,) = load_ranks(folder, 1)
     ranks = load_ranks(folder, 2)
     for parameter in parameters(load_spec(folder)):
         assert torch.equal(joined([rank[parameter.name] for rank in ranks], parameter), whole[parameter.name])
+
+
+def test_ranks_have_a_part_of_every_expert(tmp_path: Path) -> None:
+    """The intermediate size is 24: three units of eight on two ranks. The router is everybody's."""
+    folder = save_reference(make_reference(*CASES["qwen3 moe"]), tmp_path)
+    (whole,) = load_ranks(folder, 1)
+    first, second = load_ranks(folder, 2)
+    assert whole["layers.0.experts.gate_up.weight"].shape == (7, 2 * 24, 48)
+    assert first["layers.0.experts.gate_up.weight"].shape == (7, 2 * 8, 48)
+    assert second["layers.0.experts.down.weight"].shape == (7, 48, 16)
+    assert torch.equal(first["layers.0.router.weight"], whole["layers.0.router.weight"])
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gpt-oss"])
+def test_experts_lie_as_their_kernel_reads_them(case: str, tmp_path: Path) -> None:
+    """The gate's rows, then up's, from a tensor each or from transposed stacks in which they alternate."""
+    folder = save_reference(make_reference(*CASES[case]), tmp_path)
+    stored = load_file(folder / WEIGHTS)
+    (weights,) = load_ranks(folder, 1)
+    if case == "mixtral":
+        there = "model.layers.2.block_sparse_moe.experts.3"
+        gate, up, down = (stored[f"{there}.{name}.weight"] for name in ("w1", "w3", "w2"))
+    else:
+        there = "model.layers.2.mlp.experts"
+        gate_up, down = stored[f"{there}.gate_up_proj"][3].T, stored[f"{there}.down_proj"][3].T
+        gate, up = gate_up[0::2], gate_up[1::2]
+        bias = stored[f"{there}.gate_up_proj_bias"][3]
+        assert torch.equal(weights["layers.2.experts.gate_up.bias"][3], torch.cat((bias[0::2], bias[1::2])))
+    assert torch.equal(weights["layers.2.experts.gate_up.weight"][3], torch.cat((gate, up)))
+    assert torch.equal(weights["layers.2.experts.down.weight"][3], down)
+
+
+def test_what_decides_the_choice_of_experts_stays_float32(tmp_path: Path) -> None:
+    folder = save_reference(make_reference(*CASES["deepseek v3"]), tmp_path)
+    heard: list[tuple[int, int]] = []
+    spec = load_spec(folder)
+    weights = load_parameters(
+        read_headers(folder), parameters(spec), dtype=torch.bfloat16, device=CPU, rank=Rank(),
+        progress=lambda done, total: heard.append((done, total)),
+    )  # fmt: skip
+    exact = {name.split(".", 2)[2] for name, weight in weights.items() if weight.dtype == torch.float32}
+    assert exact == {"router.weight", "choice_bias"}
+    assert heard[-1] == (weight_bytes(spec, dtype_bytes=2),) * 2
+    assert sum(weight.nbytes for weight in weights.values()) == heard[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda t: t.pop("model.layers.3.mlp.experts.6.up_proj.weight"), "layers.3.mlp.experts.6.up_proj"),
+        (lambda t: t.update({"model.layers.1.mlp.experts.7.up_proj.weight": torch.ones(24, 48)}), "experts.7"),
+        (lambda t: t.update({"model.layers.0.mlp.gate.weight": torch.ones(8, 48)}), r"mlp.gate.*\[8, 48\].*\[7, 48\]"),
+    ],
+    ids=["missing", "left over", "misshapen"],
+)
+def test_wrong_experts_are_refused_by_name(
+    edit: Callable[[dict[str, Tensor]], object], named: str, tmp_path: Path
+) -> None:
+    folder = save_reference(make_reference(*CASES["qwen3 moe"]), tmp_path)
+    edit_tensors(folder, edit)
+    with pytest.raises(UnsupportedModel, match=named):
+        load(folder)
 
 
 def test_more_ranks_than_kv_heads_are_refused(folder: Path) -> None:

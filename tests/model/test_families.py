@@ -58,6 +58,31 @@ def test_logits_are_those_of_transformers(case: str, sequences: list[list[int]],
     assert_close(logits_in_chunks(decoder, sequences, [13, 5, 9, 1]), expected)
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "case", ["mixtral", "qwen2 moe", "qwen3 moe", "gpt-oss", "deepseek v2, groups, yarn, biases", "deepseek v3"]
+)
+def test_experts_are_chosen_as_in_transformers(
+    case: str, seed: int, sequences: list[list[int]], tmp_path: Path
+) -> None:
+    """One token that goes to another expert than there shows in its logits; other weights, other choices."""
+    model_type, fields = CASES[case]
+    model = make_reference(model_type, fields, seed=seed)
+    decoder = decoder_of(save_reference(model, tmp_path))
+    assert_close(logits_in_chunks(decoder, sequences, [1, 17, 4]), reference_logits(model, sequences))
+
+
+def test_the_layer_that_predicts_a_second_token_is_left_out(sequences: list[list[int]], tmp_path: Path) -> None:
+    """DeepSeek V3's checkpoints have it behind the last of the layers that config.json counts."""
+    model = make_reference(*CASES["deepseek v3"])
+    folder = save_reference(model, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.4.eh_proj.weight"] = torch.ones(48, 96)
+    tensors["model.layers.4.mlp.gate.weight"] = torch.ones(8, 48)
+    save_file(tensors, folder / "model.safetensors")
+    assert_close(logits_in_one_step(decoder_of(folder), sequences), reference_logits(model, sequences))
+
+
 def test_multimodal_gemma3_serves_its_text_model(sequences: list[list[int]], tmp_path: Path) -> None:
     model = make_multimodal_gemma3()
     decoder = decoder_of(save_reference(model, tmp_path))

@@ -9,7 +9,11 @@ from llmd.model.checkpoint import load_decoder
 from tests.model.paged_steps import logits_in_chunks, logits_in_one_step
 from tests.model.reference_models import CASES, VOCAB_SIZE, make_reference, save_reference
 
-FAMILIES = ["llama", "gemma2", "gemma3", "olmo2", "smollm3 with windows", "phi3, longrope, long", "llama, dynamic rope"]
+FAMILIES = [
+    "llama", "gemma2", "gemma3", "olmo2", "smollm3 with windows", "phi3, longrope, long", "llama, dynamic rope",
+    "mixtral with windows", "qwen2 moe, some dense layers, windows", "qwen3 moe", "gpt-oss",
+    "deepseek v2, groups, yarn, biases", "deepseek v3",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
