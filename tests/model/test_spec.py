@@ -13,59 +13,23 @@ from llmd.model.memory import activation_bytes, kv_bytes_per_token, num_paramete
 from llmd.model.parallel import Rank
 from llmd.model.rope_spec import DynamicNtkScaling, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
 from llmd.model.spec import load_spec, parse_spec
-
-
-def sizes(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-    }
-
-
-TINY = {"architectures": ["LlamaForCausalLM"], **sizes(64, 128, 4, 4, 2, 256)}
-SMOLLM2 = {
-    "architectures": ["LlamaForCausalLM"], **sizes(576, 1536, 30, 9, 3, 49152), "max_position_embeddings": 8192,
-    "rope_theta": 100000, "rope_scaling": None, "rope_interleaved": False, "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16", "hidden_act": "silu", "attention_bias": False, "pretraining_tp": 1,
-}  # fmt: skip
-LLAMA_3_2_1B = {
-    "architectures": ["LlamaForCausalLM"], **sizes(2048, 8192, 16, 32, 8, 128256), "head_dim": 64,
-    "max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": True,
-    "rope_scaling": {
-        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}  # fmt: skip
-MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], **sizes(4096, 14336, 32, 32, 8, 32000), "sliding_window": 4096,
-    "max_position_embeddings": 32768, "tie_word_embeddings": False,
-}  # fmt: skip
-QWEN2_5_0_5B = {
-    "architectures": ["Qwen2ForCausalLM"], **sizes(896, 4864, 24, 14, 2, 151936), "max_position_embeddings": 32768,
-    "max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": True,
-    "rope_theta": 1000000.0, "use_mrope": False,
-}  # fmt: skip
-GEMMA_2_2B = {
-    "architectures": ["Gemma2ForCausalLM"], **sizes(2304, 9216, 26, 8, 4, 256000), "head_dim": 256,
-    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-}  # fmt: skip
-GEMMA_3_270M = {
-    "architectures": ["Gemma3ForCausalLM"], **sizes(640, 2048, 18, 4, 1, 262144), "head_dim": 256,
-    "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0, "sliding_window": 512,
-    "max_position_embeddings": 32768, "use_bidirectional_attention": False,
-}  # fmt: skip
-PHI_4_MINI = {
-    "architectures": ["Phi3ForCausalLM"], **sizes(3072, 8192, 32, 24, 8, 200064), "tie_word_embeddings": True,
-    "max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
-    "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "attention_bias": False,
-    "rope_scaling": {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
-    "sliding_window": 262144,
-}  # fmt: skip
+from tests.model.published_configs import (
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    GEMMA_2_2B,
+    GEMMA_3_270M,
+    GPT_OSS_20B,
+    LLAMA_3_2_1B,
+    MISTRAL_7B,
+    MIXTRAL_8X7B,
+    PHI_4_MINI,
+    QWEN1_5_MOE,
+    QWEN2_5_0_5B,
+    QWEN3_30B_A3B,
+    SMOLLM2,
+    TINY,
+    sizes,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +42,12 @@ PHI_4_MINI = {
         (GEMMA_2_2B, 2_614_341_888),
         (GEMMA_3_270M, 268_098_176),
         (PHI_4_MINI, 3_836_021_760),
+        (MIXTRAL_8X7B, 46_702_792_704),
+        (QWEN1_5_MOE, 14_315_784_192),
+        (QWEN3_30B_A3B, 30_532_122_624),
+        (GPT_OSS_20B, 20_914_757_184),
+        (DEEPSEEK_V2_LITE, 15_706_484_224),
+        (DEEPSEEK_V3, 671_026_419_200),
     ],
     ids=lambda value: value["architectures"][0] if isinstance(value, dict) else "",
 )
@@ -185,7 +155,7 @@ def test_qwen2_has_windows_only_if_switched_on() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"architectures": ["RwkvForCausalLM"]}, "RwkvForCausalLM"),
         ({"architectures": None}, "architectures"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"num_local_experts": 8}, "num_local_experts"),
