@@ -122,7 +122,6 @@ def load_parameters(
     parameters = list(parameters)
     total = sum(parameter.num_bytes(rank, dtype.itemsize) for parameter in parameters)
     files = {file: map_file(file) for file in {tensor.file for tensor in stored.values()}}
-    views = {name: tensor_view(files[tensor.file], tensor) for name, tensor in stored.items()}
     done = 0
     progress(done, total)
     weights: dict[str, Tensor] = {}
@@ -132,7 +131,8 @@ def load_parameters(
         rows = weight if parameter.num_experts is None else weight.flatten(0, 1)
         row = 0
         for piece in parameter.pieces:
-            row += _copy_piece(rows[row:], piece, [views[name] for name in piece.tensors], rank)
+            tensors = [stored[name] for name in piece.tensors]
+            row += _copy_piece(rows[row:], piece, [tensor_view(files[t.file], t) for t in tensors], rank)
         weights[parameter.name] = weight
         done += weight.nbytes
         progress(done, total)

@@ -60,50 +60,48 @@ def _separate_experts(moe: MoeSpec, names: TensorNames, here: str, there: str, h
 
 
 def _stacked_experts(moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int) -> Iterator[Parameter]:
-    """From one tensor for all experts: plain ones transposed, MXFP4 ones not; gate's and up's rows alternate."""
-    size, experts = moe.expert_size, moe.num_experts
-
-    def piece(tensor: str, tensor_shape: tuple[int, ...], view: ExpertView, dim: int) -> Piece:
-        unit = gcd(size, MLP_UNIT)
-        return Piece(
-            tensor=tensor, tensor_shape=tensor_shape, sharding=Shard(dim, unit), num_units=size // unit, pitch=unit,
-            view=view,
-        )  # fmt: skip
-
-    def matrices(name: str, shape: tuple[int, int], dim: int, *, step: int = 1) -> Parameter:
-        rows, columns = shape
-        stored = (step * rows, columns) if moe.mxfp4 else (columns, step * rows)
-        pieces = tuple(
-            piece(
-                f"{there}.{name}",
-                (experts, *stored),
-                ExpertView(
-                    expert=expert, shape=shape, transposed=not moe.mxfp4, first_row=row, row_step=step, mxfp4=moe.mxfp4
-                ),
-                dim,
-            )
-            for expert in range(experts)
-            for row in range(step)
-        )
-        part = "gate_up" if step == 2 else "down"
-        return Parameter(f"{here}.experts.{part}.weight", pieces, num_experts=experts)
-
-    (gate_up,) = names.expert_gate_up
-    yield matrices(gate_up, (size, hidden_size), 0, step=2)
+    """From one tensor for all experts, in which the gates' and the ups' rows alternate."""
+    size, num_experts = moe.expert_size, moe.num_experts
+    (gate_up_name,) = names.expert_gate_up
+    gate_up, down = f"{there}.{gate_up_name}", f"{there}.{names.expert_down}"
+    gate_up_pieces = _stack(moe, gate_up, (size, hidden_size), dim=0, num_alternating=2)
+    yield Parameter(f"{here}.experts.gate_up.weight", gate_up_pieces, num_experts=num_experts)
     if moe.expert_bias:
-        bias = tuple(
-            piece(
-                f"{there}.{gate_up}_bias",
-                (experts, 2 * size),
-                ExpertView(expert=expert, shape=(size,), first_row=row, row_step=2),
-                0,
-            )
-            for expert in range(experts)
-            for row in range(2)
-        )
-        yield Parameter(f"{here}.experts.gate_up.bias", bias, num_experts=experts)
-    yield matrices(names.expert_down, (hidden_size, size), 1)
+        bias_pieces = _stack(moe, f"{gate_up}_bias", (size,), dim=0, num_alternating=2)
+        yield Parameter(f"{here}.experts.gate_up.bias", bias_pieces, num_experts=num_experts)
+    down_pieces = _stack(moe, down, (hidden_size, size), dim=1)
+    yield Parameter(f"{here}.experts.down.weight", down_pieces, num_experts=num_experts)
     if moe.expert_bias:
-        yield Parameter(
-            f"{here}.experts.down.bias", (whole(f"{there}.{names.expert_down}_bias", experts, hidden_size),)
+        yield Parameter(f"{here}.experts.down.bias", (whole(f"{down}_bias", num_experts, hidden_size),))
+
+
+def _stack(
+    moe: MoeSpec, tensor: str, shape: tuple[int, ...], *, dim: int, num_alternating: int = 1
+) -> tuple[Piece, ...]:
+    """The matrices or biases of this shape, expert by expert; of each expert as many as there are alternating.
+
+    A plain matrix is kept transposed, one in MXFP4 is not.
+    """
+    is_matrix = len(shape) == 2
+    transposed = is_matrix and not moe.mxfp4
+    stored = (num_alternating * shape[0], *shape[1:])
+    unit = gcd(moe.expert_size, MLP_UNIT)
+    return tuple(
+        Piece(
+            tensor=tensor,
+            tensor_shape=(moe.num_experts, *(reversed(stored) if transposed else stored)),
+            sharding=Shard(dim, unit),
+            num_units=moe.expert_size // unit,
+            pitch=unit,
+            view=ExpertView(
+                expert=expert,
+                shape=shape,
+                transposed=transposed,
+                first_row=row,
+                row_step=num_alternating,
+                mxfp4=is_matrix and moe.mxfp4,
+            ),
         )
+        for expert in range(moe.num_experts)
+        for row in range(num_alternating)
+    )

@@ -142,7 +142,7 @@ def test_configs_of_transformers_4_give_the_same_model(sequences: list[list[int]
     assert_close(logits_in_one_step(decoder_of(folder), sequences), reference_logits(model, sequences))
 
 
-@pytest.mark.parametrize("case", ["llama", "gemma3", "olmo2"])
+@pytest.mark.parametrize("case", ["llama", "gemma3", "olmo2", "mixtral", "gpt-oss"])
 def test_bfloat16_is_the_same_model_rounded(case: str, sequences: list[list[int]], tmp_path: Path) -> None:
     folder = save_reference(make_reference(*CASES[case]), tmp_path)
     rounded = load_decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"), max_model_len=LONGEST)
