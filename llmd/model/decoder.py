@@ -51,8 +51,8 @@ class DecoderLayer:
 class Decoder:
     """A whole model on one device.
 
-    weights: one tensor for each of `parameters(spec)`, by its name, of the model's dtype (of float32 where the parameter
-    says so), on one device. They are taken out of the dictionary one by one, so that each is free again once it is
+    weights: one tensor for each of `parameters(spec)`, by its name, on one device, of the model's dtype or of float32
+    where the parameter says so. They are taken out of the dictionary one by one, so that each is free again once it is
     packed for its product.
     max_model_len: the longest context that will be served; positions beyond it have no rotary embedding.
     """

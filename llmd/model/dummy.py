@@ -26,13 +26,14 @@ def dummy_parameters(
     of layers. `progress`: as in `load_parameters`.
     """
     parameters = list(parameters)
-    total = dtype.itemsize * sum(parameter.num_elements(rank) for parameter in parameters)
+    total = sum(parameter.num_bytes(rank, dtype.itemsize) for parameter in parameters)
     generator = torch.Generator(device).manual_seed(_SEED)
     done = 0
     progress(done, total)
     weights: dict[str, Tensor] = {}
     for parameter in parameters:
-        weight = torch.empty(parameter.shape(rank), dtype=dtype, device=device)
+        kept_dtype = torch.float32 if parameter.in_float32 else dtype
+        weight = torch.empty(parameter.shape(rank), dtype=kept_dtype, device=device)
         if parameter.name.endswith("norm"):
             weight.fill_(1 - norm_weight_offset)
         else:

@@ -47,8 +47,12 @@ class LatentAttention:
             num_kv_heads=self.num_heads,
             cos_sin=self.cos_sin,
             interleaved=self.rope_interleaved,
+            k_scales=cache.k_scales,
+            v_scales=cache.v_scales,
         )
-        out = paged_attention(q, cache.k, cache.v, inputs.attention, scale=self.scale)
+        out = paged_attention(
+            q, cache.k, cache.v, inputs.attention, scale=self.scale, k_scales=cache.k_scales, v_scales=cache.v_scales
+        )
         return self.o(out[:, :, : self.spec.v_dim].flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from llmd.model.parallel import Rank
 from llmd.model.parameters import parameters
 from llmd.model.spec import load_spec, parse_spec
 from tests.model.paged_steps import logits_in_one_step
+from tests.model.reference_models import CASES, make_reference, save_reference
 
 
 def test_a_model_without_weights_computes_the_same_finite_logits_each_time(tiny_model_dir: Path) -> None:
@@ -24,6 +25,15 @@ def test_a_model_without_weights_computes_the_same_finite_logits_each_time(tiny_
     assert torch.equal(logits[0], logits[1])
     # neither exploding nor dying out
     assert 0.1 < logits[0].std() < 10
+
+
+@pytest.mark.parametrize("case", ["gpt-oss", "deepseek v3"])
+def test_experts_without_weights(case: str, tmp_path: Path) -> None:
+    folder = save_reference(make_reference(*CASES[case]), tmp_path)
+    (folder / "model.safetensors").unlink()
+    decoder = load_decoder(folder, dtype=torch.bfloat16, device=torch.device("cpu"), max_model_len=40, dummy=True)
+    (logits,) = logits_in_one_step(decoder, [list(range(40))])
+    assert 0.1 < logits.std() < 10
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

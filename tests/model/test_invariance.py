@@ -17,7 +17,12 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(
-    ("case", "kv_dtype"), [*((case, torch.float32) for case in FAMILIES), ("gemma3", torch.float8_e4m3fn)]
+    ("case", "kv_dtype"),
+    [
+        *((case, torch.float32) for case in FAMILIES),
+        ("gemma3", torch.float8_e4m3fn),
+        ("deepseek v3", torch.float8_e4m3fn),
+    ],
 )
 def test_neighbours_and_chunks_change_no_bit(case: str, kv_dtype: torch.dtype, tmp_path: Path) -> None:
     model_type, fields = CASES[case]
