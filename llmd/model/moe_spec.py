@@ -39,8 +39,10 @@ def parse_moe(
 
     activation: the model's, which the family may replace for experts.
     """
-    counts = [fields.optional_integer(name) for name in NUM_EXPERTS_FIELDS]
-    num_experts = next((count for count in counts if count is not None), 0)
+    counts = {fields.optional_integer(name) for name in NUM_EXPERTS_FIELDS} - {None}
+    if len(counts) != 1:
+        raise fields.unsupported(f"config.json must give one number of experts, in one of {NUM_EXPERTS_FIELDS}")
+    num_experts = counts.pop() or 0
     num_chosen = fields.size("num_experts_per_tok")
     num_groups, num_chosen_groups = _groups(fields, family)
     if num_experts < 1 or num_experts % num_groups:

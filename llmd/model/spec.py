@@ -174,7 +174,8 @@ def _check_fixed(fields: ConfigFields, family: Family) -> None:
     for name, values in family.fixed.items():
         value = fields.value(name)
         if value not in values:
-            raise fields.unsupported(f"`{name}` in config.json cannot be {value!r}, only {values[-1]!r}")
+            choice = " or ".join(repr(value) for value in values if value is not None)
+            raise fields.unsupported(f"`{name}` in config.json cannot be {value!r}, only {choice}")
 
 
 def _latent(fields: ConfigFields) -> LatentSpec:

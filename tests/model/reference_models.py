@@ -186,7 +186,9 @@ def make_reference(model_type: str, fields: dict[str, Any], *, seed: int = 0) ->
     """A random model on float32; every parameter differs from what its initialization leaves alone."""
     fields = {name: dict(value) if isinstance(value, dict) else value for name, value in (SIZES | fields).items()}
     config = AutoConfig.for_model(model_type, **fields)
-    return randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return randomized(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), seed)
 
 
 def make_multimodal_gemma3() -> PreTrainedModel:
