@@ -10,7 +10,7 @@ from torch import Tensor
 from llmd.errors import StartupFailed, UnsupportedModel
 from llmd.model.decoder import Decoder
 from llmd.model.dummy import dummy_parameters
-from llmd.model.mxfp4 import copy_dequantized
+from llmd.model.mxfp4 import copy_mxfp4
 from llmd.model.parallel import MXFP4_BLOCK, ExpertView, Parameter, Piece, Rank, Shard
 from llmd.model.parameters import parameters
 from llmd.model.registry import FAMILIES
@@ -152,7 +152,7 @@ def _copy_piece(target: Tensor, piece: Piece, sources: list[Tensor], rank: Rank)
             # along a row there are as many scales and blocks, each for MXFP4_BLOCK numbers
             per_entry = MXFP4_BLOCK if dim == 1 else 1
             blocks, scales = (m.narrow(dim, part.start // per_entry, length // per_entry) for m in matrices)
-            copy_dequantized(here, blocks, scales)
+            copy_mxfp4(here, blocks, scales)
         else:
             _copy(here, matrices[0].narrow(dim, part.start, length))
         start += length

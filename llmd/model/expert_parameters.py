@@ -5,10 +5,9 @@ same work whichever experts are chosen.
 """
 
 from collections.abc import Iterator
-from math import gcd
 
 from llmd.model.family import TensorNames
-from llmd.model.gated_mlp_parameters import MLP_UNIT, gated_mlp_parameters
+from llmd.model.gated_mlp_parameters import gated_mlp_parameters, mlp_unit
 from llmd.model.moe_spec import MoeSpec
 from llmd.model.parallel import ExpertView, Parameter, Piece, Shard, split, whole
 
@@ -36,6 +35,7 @@ def expert_parameters(
             down=f"{there}.{names.shared_down}",
             hidden_size=hidden_size,
             size=moe.shared_size,
+            unit=mlp_unit(moe.shared_size),
         )
     if moe.shared_gate:
         yield Parameter(f"{here}.shared_gate.weight", (whole(f"{there}.{names.shared_gate}.weight", 1, hidden_size),))
@@ -43,7 +43,7 @@ def expert_parameters(
 
 def _separate_experts(moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int) -> Iterator[Parameter]:
     """From one tensor for each matrix of each expert."""
-    size, unit = moe.expert_size, gcd(moe.expert_size, MLP_UNIT)
+    size, unit = moe.expert_size, mlp_unit(moe.expert_size)
 
     def matrix(name: str, expert: int) -> str:
         return f"{there}.{name.format(expert=expert)}.weight"
@@ -85,7 +85,7 @@ def _stack(
     is_matrix = len(shape) == 2
     transposed = is_matrix and not moe.mxfp4
     stored = (num_alternating * shape[0], *shape[1:])
-    unit = gcd(moe.expert_size, MLP_UNIT)
+    unit = mlp_unit(moe.expert_size)
     return tuple(
         Piece(
             tensor=tensor,

@@ -5,29 +5,35 @@ from math import gcd
 
 from llmd.model.parallel import Parameter, Piece, Shard, split, whole
 
-# columns of the intermediate size that stay together on a rank, where they divide evenly
+# where they divide evenly
 MLP_UNIT = 32
 
 
+def mlp_unit(size: int) -> int:
+    """Columns of an intermediate size that stay together on a rank."""
+    return gcd(size, MLP_UNIT)
+
+
 def gated_mlp_parameters(
-    here: str, *, gate_up: tuple[str, ...], down: str, hidden_size: int, size: int, bias: bool = False
+    here: str, *, gate_up: tuple[str, ...], down: str, hidden_size: int, size: int, unit: int, bias: bool = False
 ) -> Iterator[Parameter]:
     """`gate_up` and `down` below `here`.
 
     gate_up: the names of two tensors in the checkpoint, or of one that has both, one after the other; without
-    `.weight` and `.bias`, as `down` is.
+    `.weight` and `.bias`, as `down` is. unit: columns of the intermediate size that stay together on a rank.
     """
-    yield Parameter(f"{here}.gate_up.weight", _gate_up(gate_up, "weight", size=size, columns=(hidden_size,)))
+    yield Parameter(f"{here}.gate_up.weight", _gate_up(gate_up, "weight", size=size, unit=unit, columns=(hidden_size,)))
     if bias:
-        yield Parameter(f"{here}.gate_up.bias", _gate_up(gate_up, "bias", size=size, columns=()))
-    down_weight = split(f"{down}.weight", hidden_size, size, dim=1, unit=gcd(size, MLP_UNIT))
+        yield Parameter(f"{here}.gate_up.bias", _gate_up(gate_up, "bias", size=size, unit=unit, columns=()))
+    down_weight = split(f"{down}.weight", hidden_size, size, dim=1, unit=unit)
     yield Parameter(f"{here}.down.weight", (down_weight,))
     if bias:
         yield Parameter(f"{here}.down.bias", (whole(f"{down}.bias", hidden_size),))
 
 
-def _gate_up(names: tuple[str, ...], kind: str, *, size: int, columns: tuple[int, ...]) -> tuple[Piece, Piece]:
-    unit = gcd(size, MLP_UNIT)
+def _gate_up(
+    names: tuple[str, ...], kind: str, *, size: int, unit: int, columns: tuple[int, ...]
+) -> tuple[Piece, Piece]:
     fused = len(names) == 1
     gate, up = (
         Piece(

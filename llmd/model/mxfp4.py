@@ -14,7 +14,7 @@ EXPONENT_BIAS = 127
 NOT_A_NUMBER = 255
 
 
-def copy_dequantized(target: Tensor, blocks: Tensor, scales: Tensor) -> None:
+def copy_mxfp4(target: Tensor, blocks: Tensor, scales: Tensor) -> None:
     """Write the numbers of blocks [N, K / 32, 16] uint8 and scales [N, K / 32] uint8 to target [N, K], on its device.
 
     Every MXFP4 number is exact in bfloat16 and float32; float16 holds those of exponents from −23 to 13.

@@ -9,7 +9,7 @@ from math import gcd
 
 from llmd.model.expert_parameters import expert_parameters
 from llmd.model.family import TensorNames
-from llmd.model.gated_mlp_parameters import gated_mlp_parameters
+from llmd.model.gated_mlp_parameters import gated_mlp_parameters, mlp_unit
 from llmd.model.parallel import Parameter, Piece, Shard, split, whole
 from llmd.model.registry import FAMILIES
 from llmd.model.spec import ModelSpec
@@ -52,6 +52,7 @@ def _layer(spec: ModelSpec, names: TensorNames, index: int) -> Iterator[Paramete
             down=f"{there}.{names.down}",
             hidden_size=hidden,
             size=spec.intermediate_size,
+            unit=mlp_unit(spec.intermediate_size),
             bias=spec.mlp_bias,
         )
     if spec.post_norm:

@@ -13,7 +13,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmd.errors import UnsupportedModel
 from llmd.model.checkpoint import load_decoder, load_parameters
-from llmd.model.mxfp4 import copy_dequantized
+from llmd.model.mxfp4 import copy_mxfp4
 from llmd.model.parallel import Rank
 from llmd.model.parameters import parameters
 from llmd.model.safetensors_folder import read_headers
@@ -97,12 +97,12 @@ def test_every_code_and_scale() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(4, 1, 1)
     scales = torch.tensor([1, 127, 252, 255], dtype=torch.uint8)[:, None].repeat(1, 16)
     target = torch.empty(4, 512)
-    copy_dequantized(target, blocks, scales)
+    copy_mxfp4(target, blocks, scales)
     expected = convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.float32)[0].T
     assert torch.equal(target[:3], expected[:3])
     assert target[3].isnan().all()
     rounded = torch.empty(4, 512, dtype=torch.bfloat16)
-    copy_dequantized(rounded, blocks, scales)
+    copy_mxfp4(rounded, blocks, scales)
     assert torch.equal(rounded[:3].float(), expected[:3]), "not exact in bfloat16"
 
 
