@@ -1,0 +1,112 @@
+"""`scripts/gpu-check`: prove and measure llmd on the GPU of this machine, in at most nine minutes.
+
+    scripts/gpu-check [--stages device,kernels] [--out FOLDER] [--wheels FOLDER]
+    scripts/gpu-check --missing      which packages the server lacks here, and how to bring them
+    scripts/gpu-check --rehearse     all of it on a CPU with tiny sizes: the figures mean nothing
+
+A stage that is done is not done again; one that was cut goes on behind its last row. Exit status 0: all of it is good.
+Needs torch and triton, and for the stage `server` what llmd serves with.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.gpu.packages import ROOT, fetch_command, install, missing_packages
+from bench.gpu.results import Origin
+from bench.gpu.running import Stage, run_stages
+
+# Seconds; each may need what an earlier one has measured or compiled.
+DEADLINES = {"device": 30.0, "correctness": 120.0, "kernels": 130.0, "sweep": 70.0, "server": 180.0}
+LIMIT = 535.0  # seconds for all of it
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="gpu-check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", type=_names, default=list(DEADLINES), help=f"of {', '.join(DEADLINES)}")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results/DATE-DEVICE")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of packages that are missing here")
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="for everything (default: 535)")
+    parser.add_argument("--missing", action="store_true", help="only say what the server lacks")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, into a temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as site:
+        if options.wheels is not None:
+            install(options.wheels, Path(site))
+            sys.path.insert(0, site)
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
+        missing = missing_packages()
+        if missing:
+            print(f"the stage server needs {', '.join(missing)}. Fetch them elsewhere and come with --wheels WHEELS:")
+            print(fetch_command(missing, python_version=f"{sys.version_info.major}.{sys.version_info.minor}"))
+        if options.missing:
+            print("" if missing else "nothing is missing")
+            return 1 if missing else 0
+        return _check(options)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in DEADLINES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no stage {', '.join(unknown)}; there are {', '.join(DEADLINES)}")
+    return names
+
+
+def _check(options: argparse.Namespace) -> int:
+    device = "rehearsal on a CPU" if options.rehearse else gpu_name()
+    if device is None:
+        print("nvidia-smi finds no GPU here; --rehearse runs everything on a CPU", file=sys.stderr)
+        return 2
+    origin = Origin(datetime.date.today().isoformat(), device, _commit(), options.rehearse)
+    folder = (options.out or _default_folder(origin)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{device}, results in {folder}", flush=True)
+    stages = [
+        Stage(
+            name,
+            (sys.executable, "-m", "bench.gpu.stage", name, str(folder), json.dumps(asdict(origin))),
+            DEADLINES[name],
+        )
+        for name in options.stages
+    ]
+    return 0 if run_stages(stages, folder, origin=origin, limit=options.limit) else 1
+
+
+def gpu_name() -> str | None:
+    """Of the first GPU, as its driver says it; None where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    found = subprocess.run([tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    names = found.stdout.splitlines() if found.returncode == 0 else []
+    return names[0].strip() if names else None
+
+
+def _default_folder(origin: Origin) -> Path:
+    if origin.rehearsal:
+        return Path(tempfile.mkdtemp(prefix="gpu-check-rehearsal-"))
+    return ROOT / "bench" / "results" / f"{origin.date}-{re.sub('[^a-z0-9]+', '-', origin.device.lower())}"
+
+
+def _commit() -> str:
+    """ "" where this is no checkout, as on a machine that got the files alone."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    found = subprocess.run([git, "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

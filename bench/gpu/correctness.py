@@ -1,0 +1,184 @@
+"""Stage 2: what the proofs say without a GPU, on the GPU; and what can only be known on one."""
+
+import functools
+import shutil
+import subprocess
+import sys
+import time
+from multiprocessing.pool import Pool
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from bench.gpu.compiling import Work, compile_all
+from bench.gpu.contexts import random_cache
+from bench.gpu.launching import launched_on
+from bench.gpu.machine import Machine
+from bench.gpu.results import Recorder, Values
+from llmd_kernels import linear, paged_attention
+from llmd_kernels.linear import triton_ops as linear_ops
+from tests.kernels.proof.checks import Proof, check_numbers, check_rows
+from tests.kernels.proof.inputs import randn
+from tests.kernels.proof.registry import PROOFS
+
+# Columns of a matrix instruction that one row's bits must not depend on: those of wgmma, and a tile beyond today's.
+COLUMNS = (16, 32, 64, 128, 256)
+_SANITIZER_TIMEOUT = 45.0  # seconds
+
+
+def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
+    recorder.row("compiling", lambda: _compile(machine, pool))
+    with machine.running():
+        for proof in PROOFS:
+            recorder.row(f"{proof.name}, cases", lambda proof=proof: _check_cases(machine, proof))
+            recorder.row(f"{proof.name}, rows", lambda proof=proof: _check_rows(machine, proof))
+        recorder.row("linear, any number of tokens", lambda: _check_tokens(machine))
+        recorder.row("linear, any number of columns", lambda: _check_columns(machine))
+        recorder.row("paged_attention, any chunks", lambda: _check_chunks(machine))
+        recorder.row("paged_attention, last to arrive", lambda: _stress(machine))
+    recorder.row("compute-sanitizer", lambda: _sanitize(machine))
+
+
+def _compile(machine: Machine, pool: Pool) -> Values:
+    """What the cases launch, and every configuration that ships for this architecture."""
+    limit = machine.sizes.cases_per_proof
+    works: list[Work] = []
+    for proof in PROOFS[: None if limit is None else 1]:
+        works += [functools.partial(run_case, proof.name, index) for index in range(len(proof.cases[:limit]))]
+        works += [
+            functools.partial(run_configuration, proof.name, index)
+            for index, configuration in enumerate(proof.configurations[:limit])
+            if machine.arch in configuration.archs or not configuration.archs
+        ]
+    started = time.perf_counter()
+    errors = compile_all(pool, machine.arch, works)
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(works)} do not compile, one of them: {errors[0]}")
+    return {"launches": len(works), "s": time.perf_counter() - started}
+
+
+def proof_of(name: str) -> Proof:
+    return next(proof for proof in PROOFS if proof.name == name)
+
+
+def run_case(name: str, index: int) -> None:
+    proof = proof_of(name)
+    proof.operation(**proof.cases[index].arguments)
+
+
+def run_configuration(name: str, index: int) -> None:
+    proof_of(name).configurations[index].call()
+
+
+def _check_cases(machine: Machine, proof: Proof) -> Values:
+    """Against the reference in float64. A rehearsal leaves out cases without rows, which launch nothing."""
+    limit = machine.sizes.cases_per_proof
+    cases = proof.cases if limit is None else proof.cases[1 : 1 + limit]
+    largest, failures = 0.0, []
+    for case in cases:
+        try:
+            with launched_on(machine.device):
+                largest = max(largest, check_numbers(proof, case))
+        except AssertionError as failure:
+            failures.append(f"{case.name}: {' '.join(str(failure).split())}")
+    if failures:
+        raise AssertionError(f"{len(failures)} of {len(cases)} cases: {'; '.join(failures)}")
+    return {"cases": len(cases), "largest error": largest}
+
+
+def _check_rows(machine: Machine, proof: Proof) -> Values:
+    rows = proof.rows if machine.sizes.cases_per_proof is None else proof.rows[:1]
+    for one in rows:
+        check_rows(one, functools.partial(launched_on, machine.device))
+    return {"sets of rows": len(rows), "bitwise": True}
+
+
+def _check_tokens(machine: Machine) -> Values:
+    """`linear` of a row at every number of tokens: tiles, splits of K and columns of the matrix units all change."""
+    differing = 0
+    for num_inputs, num_outputs in _small_linears(machine):
+        x, weight = _operands(machine, machine.sizes.invariant_tokens[-1], num_inputs, num_outputs)
+        whole = linear(x, weight)
+        for num_tokens in machine.sizes.invariant_tokens:
+            differing += _num_differing(linear(x[:num_tokens], weight), whole[:num_tokens])
+            # The last rows stand at other places of a tile than they do among all.
+            differing += _num_differing(linear(x[-num_tokens:], weight), whole[-num_tokens:])
+    assert not differing, f"{differing} numbers differ"
+    return {"matrices": len(_small_linears(machine)), "numbers of tokens": len(machine.sizes.invariant_tokens)}
+
+
+def _check_columns(machine: Machine) -> Values:
+    """The one thing that the design assumes of the hardware: a column's sum does not depend on how many there are."""
+    num_inputs, num_outputs = machine.sizes.model.linears["o"]
+    num_tokens = min(COLUMNS[-1], machine.sizes.invariant_tokens[-1])
+    x, weight = _operands(machine, num_tokens, num_inputs, num_outputs)
+    results = {}
+    for columns in COLUMNS:
+        # Two tiles of 256 columns and more stages do not fit into shared memory.
+        with patch.object(linear_ops, "tile", lambda num_tokens, columns=columns: (64, columns, 4, 3)):
+            results[columns] = linear(x, weight)
+    differing = {columns: _num_differing(result, results[COLUMNS[0]]) for columns, result in results.items()}
+    wrong = [str(columns) for columns, number in differing.items() if number]
+    assert not wrong, f"not as with {COLUMNS[0]} columns: {', '.join(wrong)}; numbers that differ: {differing}"
+    return {"columns": ", ".join(map(str, COLUMNS)), "bitwise": True}
+
+
+def _check_chunks(machine: Machine) -> Values:
+    """A prompt at once, in chunks, token by token, alone and among others: the bits of its last query."""
+    length = machine.sizes.prefill[0]
+    cache = random_cache(machine, [length, length // 2, length], seed=1)
+    whole = cache.attend([length, 1, 0])[:length]
+    differing = 0
+    for chunk in (length // 2, 7, 1):
+        queries = cache.q[length - chunk : length]
+        alone = cache.attend([chunk, 0, 0], q=queries)[:chunk]
+        differing += _num_differing(alone, whole[length - chunk :])
+    assert not differing, f"{differing} numbers differ"
+    return {"context": length, "bitwise": True}
+
+
+def _stress(machine: Machine) -> Values:
+    """Many launches in which several programs hand their parts to the last of them to arrive: always the same bits."""
+    cache = random_cache(machine, [8 * machine.sizes.prefill[0]], seed=2)
+    decode = cache.step([1], q=cache.q[-1:])
+    expected = paged_attention(*decode, scale=cache.scale)
+    differing = torch.zeros((), dtype=torch.int64, device=machine.device)
+    started = time.perf_counter()
+    launches = 0
+    while launches < machine.sizes.stress_launches:
+        differing += (paged_attention(*decode, scale=cache.scale) != expected).sum()
+        launches += 1
+        # The host runs ahead of the device; look at the clock when it has waited.
+        if launches % 1000 == 0:
+            machine.synchronize()
+            if time.perf_counter() - started > machine.sizes.stress_seconds:
+                break
+    assert not differing.item(), f"{differing.item()} numbers differ in {launches} launches"
+    return {"launches": launches, "bitwise": True}
+
+
+def _sanitize(machine: Machine) -> Values:
+    """Out-of-bounds accesses on the device, in a small program; the same program alone where the tool is not there."""
+    tool = shutil.which("compute-sanitizer")
+    prefix = [tool, "--tool", "memcheck", "--error-exitcode", "9"] if tool and machine.device.type == "cuda" else []
+    command = [*prefix, sys.executable, "-m", "bench.gpu.sanitized", machine.device.type]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=_SANITIZER_TIMEOUT)
+    if found.returncode:
+        raise RuntimeError(f"status {found.returncode}: {(found.stdout + found.stderr)[-2000:]}")
+    return {"tool": "memcheck" if prefix else "none here", "clean": True}
+
+
+def _small_linears(machine: Machine) -> list[tuple[int, int]]:
+    """Without the head, whose results for the most tokens would be a gigabyte."""
+    return [shape for name, shape in machine.sizes.model.linears.items() if name != "lm_head"]
+
+
+def _operands(machine: Machine, num_tokens: int, num_inputs: int, num_outputs: int) -> tuple[Tensor, Tensor]:
+    x = randn(num_tokens, num_inputs, dtype=torch.bfloat16).to(machine.device)
+    weight = (randn(num_outputs, num_inputs, seed=1) / num_inputs**0.5).bfloat16().to(machine.device)
+    return x, weight
+
+
+def _num_differing(result: Tensor, expected: Tensor) -> int:
+    return int((result != expected).sum().item())

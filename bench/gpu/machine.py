@@ -1,0 +1,107 @@
+"""The GPU as measurements see it: its clock, its recorded work, its sizes. `rehearsal` has one without a GPU."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from bench.gpu.results import Values
+from bench.gpu.sizes import WHOLE, Sizes
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Calls that can be repeated. `how`: "graph" replays device work alone, "calls" includes the host's launches."""
+
+    replay: Callable[[], None]
+    how: str
+
+
+class Machine(Protocol):
+    """What runs kernels and knows how long they took."""
+
+    device: torch.device
+    name: str
+    arch: str  # "sm_90"
+    num_processors: int
+    cache_bytes: int  # of the last cache before memory
+    sizes: Sizes
+
+    def describe(self) -> Values: ...
+
+    def running(self) -> AbstractContextManager[object]:
+        """Inside, the public functions of `llmd_kernels` launch kernels for this machine's tensors."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed(self, work: Callable[[], None]) -> float:
+        """Seconds of the device between the beginning and the end of this work."""
+        ...
+
+    def record(self, calls: Sequence[Call]) -> Recorded: ...
+
+    def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """What torch.compile makes of it."""
+        ...
+
+
+class Gpu:
+    """The first CUDA device."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", 0)
+        properties = torch.cuda.get_device_properties(self.device)
+        self.name = properties.name
+        self.arch = f"sm_{properties.major}{properties.minor}"
+        self.num_processors = properties.multi_processor_count
+        self.cache_bytes = properties.L2_cache_size
+        self.sizes = WHOLE
+
+    def describe(self) -> Values:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return {
+            "arch": self.arch,
+            "processors": self.num_processors,
+            "L2 bytes": self.cache_bytes,
+            "memory bytes": total,
+            "free bytes": free,
+            "CUDA": torch.version.cuda,
+        }
+
+    def running(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def elapsed(self, work: Callable[[], None]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def record(self, calls: Sequence[Call]) -> Recorded:
+        """As a CUDA graph; what cannot be captured is called again each time."""
+
+        def again() -> None:
+            for call in calls:
+                call()
+
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                again()
+        except RuntimeError:
+            torch.cuda.synchronize(self.device)
+            return Recorded(again, "calls")
+        return Recorded(graph.replay, "graph")
+
+    def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return torch.compile(function, dynamic=False)

@@ -1,0 +1,97 @@
+"""Stage 5: `llmd serve` over HTTP with random weights of Llama-3.1-8B: its start, its speed, the host's share of a step.
+
+Needs no torch: the GPU is the server's alone.
+"""
+
+import getpass
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from bench.gpu.load import Asked, figures, wave
+from bench.gpu.packages import ROOT, missing_packages
+from bench.gpu.results import Recorder, Values
+from bench.gpu.serving import ServerProcess
+from bench.gpu.sizes import TINY, WHOLE, Load
+
+# Ids below are plain text in every vocabulary that is served here.
+_NUM_IDS = 200
+
+
+def measure(recorder: Recorder, *, rehearsal: bool) -> None:
+    missing = missing_packages()
+    if missing:
+        raise SystemExit(f"the server needs {', '.join(missing)}: see --missing and --wheels")
+    load = (TINY if rehearsal else WHOLE).load
+    # The same for every run, so that one that goes on after the first start finds it warm.
+    cache = Path(tempfile.gettempdir()) / f"llmd-gpu-check-{'rehearsal-' * rehearsal}{getpass.getuser()}"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        flags = _flags(load, folder, rehearsal=rehearsal)
+        server = ServerProcess(flags, folder=folder, compile_cache=cache)
+        recorder.row("start, cold compile cache", lambda: _cold_start(server, cache, load))
+        with server:
+            timeline = server.wait_ready()
+            recorder.row("start, warm compile cache", lambda: {**timeline, **_first_token(server, load)})
+            _measure_load(recorder, server, load)
+
+
+def _measure_load(recorder: Recorder, server: ServerProcess, load: Load) -> None:
+    seeds = iter(range(100, 200))
+    # What the first requests of a size compile or capture is no part of what follows.
+    largest = max(concurrency for concurrency, _ in load.waves)
+    recorder.row("warm-up", lambda: _wave(server, load, largest, 1, seed=next(seeds)))
+    for num_tokens in load.first_token_prompts:
+        recorder.row(
+            f"first token, idle, prompt of {num_tokens}",
+            lambda num_tokens=num_tokens: _idle(server, load, num_tokens, seed=next(seeds)),
+        )
+    for concurrency, requests in load.waves:
+        recorder.row(
+            f"load, {concurrency} at once",
+            lambda run=(concurrency, requests): _wave(server, load, *run, seed=next(seeds)),
+        )
+
+
+def _flags(load: Load, folder: Path, *, rehearsal: bool) -> list[str]:
+    concurrency = max(concurrency for concurrency, _ in load.waves)
+    flags = ["--load-format", "dummy", "--max-num-seqs", str(concurrency)]
+    if not rehearsal:
+        return [*flags, "--model", "llama-3.1-8b", "--dtype", "bfloat16", "--max-model-len", "2048"]
+    # A built-in configuration is too large to rehearse with. Scripts are programs, not packages.
+    sys.path.append(str(ROOT / "scripts"))
+    from make_tiny_model import make_tiny_model
+
+    return [*flags, "--model", str(make_tiny_model(folder / "tiny")), "--device", "cpu", "--threads", "1"]
+
+
+def _cold_start(server: ServerProcess, cache: Path, load: Load) -> Values:
+    shutil.rmtree(cache, ignore_errors=True)
+    with server:
+        return {**server.wait_ready(), **_first_token(server, load)}
+
+
+def _first_token(server: ServerProcess, load: Load) -> Values:
+    """Seconds from the command until the first token has come, with one prompt."""
+    answers, seconds = wave(_asked(server, load), concurrency=1, requests=1, seed=1)
+    return {"first token s": server.since_start() - seconds + answers[0].first_token}
+
+
+def _idle(server: ServerProcess, load: Load, num_tokens: int, *, seed: int) -> Values:
+    asked = replace(_asked(server, load), prompt_tokens=num_tokens, output_tokens=2)
+    answers, _ = wave(asked, concurrency=1, requests=load.first_token_requests, seed=seed)
+    times = [1e3 * answer.first_token for answer in answers]
+    return {"TTFT p50 ms": statistics.median(times), "TTFT max ms": max(times), "requests": len(times)}
+
+
+def _wave(server: ServerProcess, load: Load, concurrency: int, requests: int, *, seed: int) -> Values:
+    with server.counting() as counted:
+        answers, seconds = wave(_asked(server, load), concurrency=concurrency, requests=requests, seed=seed)
+    return {**figures(answers, seconds), **counted, "requests": len(answers)}
+
+
+def _asked(server: ServerProcess, load: Load) -> Asked:
+    return Asked(server.port, server.model, load.prompt_tokens, load.output_tokens, _NUM_IDS)

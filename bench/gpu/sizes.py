@@ -1,0 +1,116 @@
+"""What is measured: shapes of Llama-3.1-8B and loads, whole for a GPU and tiny for a rehearsal. Numbers only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The sizes of one layer and the head."""
+
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    @property
+    def qkv(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of every matrix of a step."""
+        return {
+            "qkv": (self.hidden, self.qkv),
+            "o": (self.num_heads * self.head_dim, self.hidden),
+            "gate_up": (self.hidden, 2 * self.intermediate),
+            "down": (self.intermediate, self.hidden),
+            "lm_head": (self.hidden, self.vocabulary),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What clients ask of the server."""
+
+    prompt_tokens: int
+    output_tokens: int
+    # (clients at once, requests of each one after the other)
+    waves: tuple[tuple[int, int], ...]
+    first_token_prompts: tuple[int, ...]  # tokens of prompts that are asked on an idle server, one after the other
+    first_token_requests: int  # of each
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Everything that a rehearsal makes smaller."""
+
+    model: Model
+    block_size: int  # tokens of a KV block
+    stream_bytes: int  # of the buffers that bandwidth is measured with
+    square: int  # of the largest matrix product
+    small_tokens: tuple[int, ...]  # of norms, activation and rope
+    linear_tokens: tuple[int, ...]
+    decode: tuple[tuple[int, int], ...]  # (sequences, context of each)
+    prefill: tuple[int, ...]
+    invariant_tokens: tuple[int, ...]  # numbers of rows that `linear` is compared for; the last is the largest
+    cases_per_proof: int | None  # None: all
+    stress_launches: int
+    stress_seconds: float
+    sweep_linears: tuple[str, ...]
+    sweep_tokens: tuple[int, ...]
+    sweep_decode: tuple[tuple[int, int], ...]  # (sequences, context of each)
+    sweep_configurations: int | None  # of each kernel, None: all
+    min_timed: float  # seconds that a measurement goes on for, once it has `repeats` / 4
+    repeats: int
+    max_input_sets: int
+    load: Load
+
+
+WHOLE = Sizes(
+    model=Model(4096, 14336, 32, 8, 128, 128256),
+    block_size=16,
+    stream_bytes=4 << 30,
+    square=8192,
+    small_tokens=(1, 64, 256, 8192),
+    linear_tokens=(1, 16, 64, 256, 1024, 4096),
+    decode=((1, 1024), (8, 1024), (32, 1024), (128, 1024), (256, 1024), (32, 8192)),
+    prefill=(1024, 8192),
+    invariant_tokens=(1, 2, 7, 16, 17, 32, 33, 64, 65, 127, 128, 129, 256, 1000, 4096),
+    cases_per_proof=None,
+    stress_launches=100_000,
+    stress_seconds=12.0,
+    sweep_linears=("qkv", "o", "gate_up", "down"),
+    sweep_tokens=(16, 64, 256, 4096),
+    # Numbers of sequences that are multiples of 16: others would be compiled again.
+    sweep_decode=((32, 1024), (32, 8192), (256, 1024)),
+    sweep_configurations=None,
+    min_timed=0.02,
+    repeats=20,
+    max_input_sets=64,
+    load=Load(1024, 256, ((1, 3), (32, 2), (256, 2)), first_token_prompts=(128, 1024), first_token_requests=9),
+)
+
+TINY = Sizes(
+    model=Model(32, 48, 4, 2, 16, 80),
+    block_size=16,
+    stream_bytes=1 << 16,
+    square=32,
+    small_tokens=(2,),
+    linear_tokens=(3,),
+    decode=((2, 40),),
+    prefill=(20,),
+    invariant_tokens=(1, 3, 18),
+    cases_per_proof=2,
+    stress_launches=3,
+    stress_seconds=5.0,
+    sweep_linears=("o",),
+    sweep_tokens=(3,),
+    sweep_decode=((2, 40),),
+    sweep_configurations=1,
+    min_timed=0.0,
+    repeats=2,
+    max_input_sets=2,
+    load=Load(24, 4, ((1, 1), (3, 1)), first_token_prompts=(24,), first_token_requests=2),
+)

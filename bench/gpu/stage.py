@@ -1,0 +1,68 @@
+"""`python -m bench.gpu.stage NAME FOLDER ORIGIN`: one stage in a process of its own, as `running` starts it."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+from bench.gpu.results import Origin, Recorder
+
+NAMES = ("device", "correctness", "kernels", "sweep", "server")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("origin", help="as JSON; one of a rehearsal makes this one")
+    options = parser.parse_args()
+    origin = Origin(**json.loads(options.origin))
+    recorder = Recorder(options.folder, options.name, origin)
+    # Each imports what it needs and no more: torch takes seconds, and the server's stage leaves the GPU to the server.
+    if options.name == "server":
+        from bench.gpu import server
+
+        server.measure(recorder, rehearsal=origin.rehearsal)
+    elif options.name in ("correctness", "sweep"):
+        _with_pool(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
+    else:
+        _alone(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
+    recorder.finish()
+
+
+def _alone(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> None:
+    started = time.perf_counter()
+    import torch
+
+    torch_import = time.perf_counter() - started
+    from bench.gpu import device, kernels
+    from bench.gpu.choice import choose_machine
+
+    started = time.perf_counter()
+    machine = choose_machine(rehearsal=rehearsal)
+    torch.zeros(1, device=machine.device)
+    machine.synchronize()
+    context = time.perf_counter() - started
+    if name == "device":
+        device.measure(machine, recorder, torch_import=torch_import, context=context)
+    else:
+        kernels.measure(machine, recorder, folder)
+
+
+def _with_pool(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> None:
+    # Everything that the pool's processes need is imported before they are forked, and no GPU touched.
+    from bench.gpu import correctness, sweep
+    from bench.gpu.choice import choose_machine
+    from bench.gpu.compiling import compile_pool
+
+    with compile_pool(1 if rehearsal else os.cpu_count() or 1) as pool:
+        machine = choose_machine(rehearsal=rehearsal)
+        if name == "correctness":
+            correctness.measure(machine, recorder, pool)
+        else:
+            sweep.measure(machine, recorder, pool, folder)
+
+
+if __name__ == "__main__":
+    main()
