@@ -1,10 +1,12 @@
 """Kernels compiled by many processes at a time, into Triton's cache, before one process launches them."""
 
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import Pool
 
+from bench.gpu.results import Values
 from tests.kernels.proof.compiler import TARGETS, compiled_for
 
 Work = Callable[[], object]
@@ -17,14 +19,23 @@ def compile_pool(num_processes: int) -> Iterator[Pool]:
         yield pool
 
 
-def compile_all(pool: Pool, arch: str, works: Sequence[Work]) -> list[str]:
-    """Compile for `arch` what each work would launch; the errors. Works can be pickled.
+def compile_all(pool: Pool, arch: str, works: Sequence[Work]) -> Values:
+    """Compile for `arch` what each work would launch; how that went. Works can be pickled.
 
-    Nothing is done for an architecture that the proofs do not know: kernels are then compiled as they are launched.
+    What does not compile is only counted: it has its error again when it is launched. Nothing is done for an
+    architecture that the proofs do not know: kernels are then compiled as they are launched.
     """
     if arch not in TARGETS:
-        return []
-    return [error for error in pool.imap_unordered(_compile, [(arch, work) for work in works], chunksize=1) if error]
+        return {"launches": 0, "note": f"{arch} is compiled for as kernels are launched"}
+    started = time.perf_counter()
+    tasks = [(arch, work) for work in works]
+    errors = [error for error in pool.imap_unordered(_compile, tasks, chunksize=1) if error]
+    return {
+        "launches": len(works),
+        "s": time.perf_counter() - started,
+        "errors": len(errors),
+        "first error": errors[0] if errors else None,
+    }
 
 
 def _compile(task: tuple[str, Work]) -> str:

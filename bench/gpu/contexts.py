@@ -1,5 +1,6 @@
-"""Sequences with random keys and values in a paged cache on a machine, for attention. Knows no timing."""
+"""Random inputs on a machine: tensors, and sequences with keys and values in a paged cache. Knows no timing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,16 @@ from torch import Tensor
 
 from bench.gpu.machine import Machine
 from llmd_kernels import AttentionBatch, paged_attention
+
+
+def random_on(machine: Machine, *, seed: int) -> Callable[..., Tensor]:
+    """random(*shape) → normal numbers in bfloat16."""
+    generator = torch.Generator(machine.device).manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=machine.device, dtype=torch.bfloat16)
+
+    return random
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +53,9 @@ class Contexts:
 def random_cache(machine: Machine, lens: list[int], *, seed: int) -> Contexts:
     """Of these context lengths, with the heads of the machine's model, in bfloat16."""
     model, block_size = machine.sizes.model, machine.sizes.block_size
-    generator = torch.Generator(machine.device).manual_seed(seed)
+    random = random_on(machine, seed=seed)
     num_blocks = [-(-length // block_size) for length in lens]
     shape = (sum(num_blocks), model.num_kv_heads, block_size, model.head_dim)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=machine.device, dtype=torch.bfloat16)
 
     order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(seed))
     tables = torch.zeros(len(lens), max(num_blocks), dtype=torch.int64)

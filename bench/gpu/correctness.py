@@ -12,18 +12,21 @@ import torch
 from torch import Tensor
 
 from bench.gpu.compiling import Work, compile_all
-from bench.gpu.contexts import random_cache
+from bench.gpu.contexts import random_cache, random_on
+from bench.gpu.launches import LinearTile, launch_linear
 from bench.gpu.launching import launched_on
 from bench.gpu.machine import Machine
 from bench.gpu.results import Recorder, Values
-from llmd_kernels import linear, paged_attention
+from llmd_kernels import AttentionBatch, linear, paged_attention
 from llmd_kernels.linear import triton_ops as linear_ops
-from tests.kernels.proof.checks import Proof, check_numbers, check_rows
-from tests.kernels.proof.inputs import randn
+from llmd_kernels.paged_attention import reference as attention_reference
+from tests.kernels.proof.checks import TOLERANCES, Proof, check_numbers, check_rows
 from tests.kernels.proof.registry import PROOFS
 
 # Columns of a matrix instruction that one row's bits must not depend on: those of wgmma, and a tile beyond today's.
 COLUMNS = (16, 32, 64, 128, 256)
+# Errors of kernels, not those of calls that torch makes to find out what there is.
+_SANITIZER_FLAGS = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
 _SANITIZER_TIMEOUT = 45.0  # seconds
 
 
@@ -33,6 +36,8 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
         for proof in PROOFS:
             recorder.row(f"{proof.name}, cases", lambda proof=proof: _check_cases(machine, proof))
             recorder.row(f"{proof.name}, rows", lambda proof=proof: _check_rows(machine, proof))
+        recorder.row("linear, shipped tiles", lambda: _check_linear(machine))
+        recorder.row("paged_attention, shipped tiles", lambda: _check_attention(machine))
         recorder.row("linear, any number of tokens", lambda: _check_tokens(machine))
         recorder.row("linear, any number of columns", lambda: _check_columns(machine))
         recorder.row("paged_attention, any chunks", lambda: _check_chunks(machine))
@@ -41,7 +46,7 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
-    """What the cases launch, and every configuration that ships for this architecture."""
+    """What the cases launch, every configuration that ships for this architecture, and `linear` at all its sizes."""
     limit = machine.sizes.cases_per_proof
     works: list[Work] = []
     for proof in PROOFS[: None if limit is None else 1]:
@@ -51,11 +56,17 @@ def _compile(machine: Machine, pool: Pool) -> Values:
             for index, configuration in enumerate(proof.configurations[:limit])
             if machine.arch in configuration.archs or not configuration.archs
         ]
-    started = time.perf_counter()
-    errors = compile_all(pool, machine.arch, works)
-    if errors:
-        raise RuntimeError(f"{len(errors)} of {len(works)} do not compile, one of them: {errors[0]}")
-    return {"launches": len(works), "s": time.perf_counter() - started}
+    if limit is None:
+        works += [
+            functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
+            for shape in _small_linears(machine)
+            for num_tokens in machine.sizes.invariant_tokens
+        ]
+        works += [
+            functools.partial(launch_linear, machine.sizes.model.linears["o"], COLUMNS[-1], tile_of(columns))
+            for columns in COLUMNS
+        ]
+    return compile_all(pool, machine.arch, works)
 
 
 def proof_of(name: str) -> Proof:
@@ -69,6 +80,11 @@ def run_case(name: str, index: int) -> None:
 
 def run_configuration(name: str, index: int) -> None:
     proof_of(name).configurations[index].call()
+
+
+def tile_of(columns: int) -> LinearTile:
+    """Few stages, so that even the widest fits into shared memory."""
+    return 64, columns, 4, 3
 
 
 def _check_cases(machine: Machine, proof: Proof) -> Values:
@@ -94,6 +110,37 @@ def _check_rows(machine: Machine, proof: Proof) -> Values:
     return {"sets of rows": len(rows), "bitwise": True}
 
 
+def _check_linear(machine: Machine) -> Values:
+    """The public function on the device's own tensors against float64."""
+    errors = []
+    for num_inputs, num_outputs in _small_linears(machine):
+        for num_tokens in machine.sizes.invariant_tokens[:: len(machine.sizes.invariant_tokens) // 3]:
+            x, weight = _operands(machine, num_tokens, num_inputs, num_outputs)
+            errors.append(_error(linear(x, weight), x.double() @ weight.double().t()))
+    return {"products": len(errors), "largest error": max(errors)}
+
+
+def _check_attention(machine: Machine) -> Values:
+    """Likewise, a step of prompts and decoding sequences, with the tiles that ship for this device."""
+    longest = machine.sizes.prefill[0]
+    lens = [longest, longest - 1, longest // 2, 1]
+    contexts = random_cache(machine, lens, seed=3)
+    step = contexts.step([longest // 3, 1, longest // 2, 1])
+    result = paged_attention(*step, scale=contexts.scale)
+    q, k_cache, v_cache = (tensor.double().cpu() for tensor in step[:3])
+    batch = step[3]
+    there = AttentionBatch(batch.query_starts.cpu(), batch.kv_lens.cpu(), batch.block_tables.cpu(), batch.block_size)
+    expected = attention_reference.paged_attention(q, k_cache, v_cache, there, scale=contexts.scale)
+    return {"queries": len(q), "largest error": _error(result.cpu(), expected)}
+
+
+def _error(result: Tensor, expected: Tensor) -> float:
+    """The largest, relative to 1 + |expected|. Raises AssertionError beyond what the proofs allow."""
+    tolerance = TOLERANCES[result.dtype]
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
+    return ((result.double() - expected).abs() / (1 + expected.abs())).max().item()
+
+
 def _check_tokens(machine: Machine) -> Values:
     """`linear` of a row at every number of tokens: tiles, splits of K and columns of the matrix units all change."""
     differing = 0
@@ -115,8 +162,7 @@ def _check_columns(machine: Machine) -> Values:
     x, weight = _operands(machine, num_tokens, num_inputs, num_outputs)
     results = {}
     for columns in COLUMNS:
-        # Two tiles of 256 columns and more stages do not fit into shared memory.
-        with patch.object(linear_ops, "tile", lambda num_tokens, columns=columns: (64, columns, 4, 3)):
+        with patch.object(linear_ops, "tile", lambda num_tokens, columns=columns: tile_of(columns)):
             results[columns] = linear(x, weight)
     differing = {columns: _num_differing(result, results[COLUMNS[0]]) for columns, result in results.items()}
     wrong = [str(columns) for columns, number in differing.items() if number]
@@ -161,7 +207,7 @@ def _stress(machine: Machine) -> Values:
 def _sanitize(machine: Machine) -> Values:
     """Out-of-bounds accesses on the device, in a small program; the same program alone where the tool is not there."""
     tool = shutil.which("compute-sanitizer")
-    prefix = [tool, "--tool", "memcheck", "--error-exitcode", "9"] if tool and machine.device.type == "cuda" else []
+    prefix = [tool, *_SANITIZER_FLAGS] if tool and machine.device.type == "cuda" else []
     command = [*prefix, sys.executable, "-m", "bench.gpu.sanitized", machine.device.type]
     found = subprocess.run(command, capture_output=True, text=True, timeout=_SANITIZER_TIMEOUT)
     if found.returncode:
@@ -175,9 +221,8 @@ def _small_linears(machine: Machine) -> list[tuple[int, int]]:
 
 
 def _operands(machine: Machine, num_tokens: int, num_inputs: int, num_outputs: int) -> tuple[Tensor, Tensor]:
-    x = randn(num_tokens, num_inputs, dtype=torch.bfloat16).to(machine.device)
-    weight = (randn(num_outputs, num_inputs, seed=1) / num_inputs**0.5).bfloat16().to(machine.device)
-    return x, weight
+    random = random_on(machine, seed=1)
+    return random(num_tokens, num_inputs), random(num_outputs, num_inputs) / num_inputs**0.5
 
 
 def _num_differing(result: Tensor, expected: Tensor) -> int:

@@ -1,22 +1,50 @@
-"""Stage 3: every kernel at the sizes of Llama-3.1-8B, as a fraction of what the device can do, beside others' kernels."""
+"""Stage 3: kernels at the sizes of Llama-3.1-8B, as a fraction of what the device can do, beside others' kernels."""
 
+import functools
+from multiprocessing.pool import Pool
 from pathlib import Path
 
+import torch
+
 from bench.gpu import device, results
+from bench.gpu.compiling import Work, compile_all
+from bench.gpu.launches import launch_attention, launch_linear
 from bench.gpu.machine import Call, Machine
 from bench.gpu.results import Recorder, Value, Values, path_of
 from bench.gpu.subject import Subject
 from bench.gpu.subjects import attention, dense
 from bench.gpu.timing import Timing, microseconds, num_input_sets, time_calls
+from llmd_kernels.linear import triton_ops as linear_ops
+from llmd_kernels.paged_attention.tiles import find_config
 
 OURS = "llmd"
 
 
-def measure(machine: Machine, recorder: Recorder, folder: Path) -> None:
+def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> None:
+    recorder.row("compiling", lambda: _compile(machine, pool))
     peaks = read_peaks(folder)
     with machine.running():
         for subject in (*dense.subjects(machine), *attention.subjects(machine)):
             recorder.row(subject.name, lambda subject=subject: _measure(machine, subject, peaks))
+
+
+def _compile(machine: Machine, pool: Pool) -> Values:
+    """The two kernels that take long and have many variants."""
+    sizes, model = machine.sizes, machine.sizes.model
+    works: list[Work] = [
+        functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
+        for shape in model.linears.values()
+        for num_tokens in sizes.linear_tokens
+    ]
+    config = find_config(machine.arch, model.head_dim, torch.bfloat16, torch.bfloat16)
+    if config is not None:
+        heads = (model.num_heads, model.num_kv_heads, model.head_dim)
+        # A number that is 1, a multiple of 16 or neither is each compiled for.
+        works += [
+            functools.partial(launch_attention, heads, sizes.block_size, config, num_seqs=num_seqs)
+            for num_seqs in sorted({num_seqs for num_seqs, _ in sizes.decode} | {16})
+        ]
+    return compile_all(pool, machine.arch, works[: sizes.sweep_configurations])
 
 
 def read_peaks(folder: Path) -> tuple[float, float] | None:
@@ -31,7 +59,7 @@ def read_peaks(folder: Path) -> tuple[float, float] | None:
 
 
 def _measure(machine: Machine, subject: Subject, peaks: tuple[float, float] | None) -> Values:
-    """All implementations on the same inputs, one after the other. A peer that fails is named, and no failure of ours."""
+    """All implementations on the same inputs, one after the other. A peer that fails is no failure of ours."""
     sets = [subject.make(seed) for seed in range(num_input_sets(machine, subject.bytes_moved))]
     ours = time_calls(machine, [calls[OURS] for calls in sets])
     values = {"us": microseconds(ours), "timing": ours.how, "spread": round(ours.spread, 3), **_rates(subject, ours)}

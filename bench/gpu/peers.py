@@ -62,7 +62,7 @@ def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _flashinfer(contexts: Contexts, step: tuple[Tensor, Tensor, Tensor, AttentionBatch], *, num_queries: int) -> Call:
-    """Its paged prefill kernel, which its documents recommend for grouped heads in decode too. Planned at first call."""
+    """Its paged prefill kernel, which uses the matrix units for grouped heads in decode too. Planned at first call."""
 
     @functools.cache
     def planned() -> Any:

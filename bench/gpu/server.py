@@ -1,4 +1,4 @@
-"""Stage 5: `llmd serve` over HTTP with random weights of Llama-3.1-8B: its start, its speed, the host's share of a step.
+"""Stage 5: `llmd serve` over HTTP with random weights of Llama-3.1-8B: start, speed, the host's share of a step.
 
 Needs no torch: the GPU is the server's alone.
 """

@@ -66,6 +66,8 @@ class ServerProcess:
         status = ""
         while status != "ok":
             status = self._json("/health")["status"]
+            if status == "failed":
+                raise RuntimeError(f"llmd serve failed: {self._log_path.read_text()[-3000:]}")
             timeline.setdefault("health answers s", self.since_start())
             timeline.setdefault("ready s" if status == "ok" else f"{status} s", self.since_start())
             time.sleep(0 if status == "ok" else _POLL)

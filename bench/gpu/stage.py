@@ -24,19 +24,20 @@ def main() -> None:
         from bench.gpu import server
 
         server.measure(recorder, rehearsal=origin.rehearsal)
-    elif options.name in ("correctness", "sweep"):
-        _with_pool(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
+    elif options.name == "device":
+        _measure_device(recorder, rehearsal=origin.rehearsal)
     else:
-        _alone(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
+        _measure_kernels(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
     recorder.finish()
 
 
-def _alone(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> None:
+def _measure_device(recorder: Recorder, *, rehearsal: bool) -> None:
+    """This process has just begun: what it takes to have torch and a context is what every process pays."""
     started = time.perf_counter()
     import torch
 
     torch_import = time.perf_counter() - started
-    from bench.gpu import device, kernels
+    from bench.gpu import device
     from bench.gpu.choice import choose_machine
 
     started = time.perf_counter()
@@ -44,24 +45,24 @@ def _alone(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> N
     torch.zeros(1, device=machine.device)
     machine.synchronize()
     context = time.perf_counter() - started
-    if name == "device":
-        device.measure(machine, recorder, torch_import=torch_import, context=context)
-    else:
-        kernels.measure(machine, recorder, folder)
+    device.measure(machine, recorder, torch_import=torch_import, context=context)
 
 
-def _with_pool(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> None:
+def _measure_kernels(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> None:
     # Everything that the pool's processes need is imported before they are forked, and no GPU touched.
-    from bench.gpu import correctness, sweep
+    from bench.gpu import correctness, kernels, sweep
     from bench.gpu.choice import choose_machine
     from bench.gpu.compiling import compile_pool
 
     with compile_pool(1 if rehearsal else os.cpu_count() or 1) as pool:
         machine = choose_machine(rehearsal=rehearsal)
-        if name == "correctness":
-            correctness.measure(machine, recorder, pool)
-        else:
-            sweep.measure(machine, recorder, pool, folder)
+        match name:
+            case "correctness":
+                correctness.measure(machine, recorder, pool)
+            case "kernels":
+                kernels.measure(machine, recorder, pool, folder)
+            case "sweep":
+                sweep.measure(machine, recorder, pool, folder)
 
 
 if __name__ == "__main__":

@@ -18,18 +18,15 @@ import torch
 
 from bench.gpu.compiling import Work, compile_all
 from bench.gpu.contexts import random_cache
+from bench.gpu.launches import LinearTile, launch_attention, launch_linear
 from bench.gpu.machine import Call, Machine
 from bench.gpu.results import Recorder, Value, Values
 from bench.gpu.timing import microseconds, num_input_sets, time_calls, time_made
-from llmd_kernels import AttentionBatch
 from llmd_kernels.linear import cost as linear_cost
 from llmd_kernels.linear import triton_ops as linear_ops
 from llmd_kernels.paged_attention import cost as attention_cost
 from llmd_kernels.paged_attention import triton_ops as attention_ops
 from llmd_kernels.paged_attention.tiles import TileConfig, find_config
-from tests.kernels.proof.inputs import meta
-
-Tile = tuple[int, int, int, int]
 
 PROPOSAL_FILE = "tiles.json"
 LINEAR_FIELDS = ("outputs", "columns", "num_warps", "num_stages")
@@ -55,7 +52,7 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
             _write_proposal(folder, recorder, groups)
 
 
-def linear_tiles(machine: Machine, num_tokens: int) -> list[Tile]:
+def linear_tiles(machine: Machine, num_tokens: int) -> list[LinearTile]:
     """What ships first."""
     shipped = linear_ops.tile(num_tokens)
     found = [
@@ -94,7 +91,6 @@ def _linears(machine: Machine) -> list[tuple[str, int, tuple[int, int]]]:
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
-    """A tiling that does not compile has its error again when it is launched; here it is only counted."""
     works: list[Work] = [
         functools.partial(launch_linear, shape, num_tokens, tile)
         for _, num_tokens, shape in _linears(machine)
@@ -106,28 +102,10 @@ def _compile(machine: Machine, pool: Pool) -> Values:
         functools.partial(launch_attention, heads, machine.sizes.block_size, config)
         for config in attention_tiles(machine)
     ]
-    return {"launches": len(works), "errors": len(compile_all(pool, machine.arch, works))}
+    return compile_all(pool, machine.arch, works)
 
 
-def launch_linear(shape: tuple[int, int], num_tokens: int, tile: Tile) -> None:
-    """For the compiler: with tensors that have no memory."""
-    num_inputs, num_outputs = shape
-    x, weight = meta(num_tokens, num_inputs, dtype=torch.bfloat16), meta(num_outputs, num_inputs, dtype=torch.bfloat16)
-    with patch.object(linear_ops, "tile", lambda num_tokens: tile):
-        linear_ops.linear(x, weight)
-
-
-def launch_attention(heads: tuple[int, int, int], block_size: int, config: TileConfig) -> None:
-    """For the compiler, likewise: 16 sequences that decode."""
-    num_heads, num_kv_heads, head_dim = heads
-    tables = meta(16, 64, dtype=torch.int64)
-    batch = AttentionBatch(torch.arange(17), torch.full((16,), 1000), tables, block_size)
-    cache = meta(64, num_kv_heads, block_size, head_dim, dtype=torch.bfloat16)
-    q = meta(16, num_heads, head_dim, dtype=torch.bfloat16)
-    attention_ops.paged_attention(q, cache, cache, batch, scale=0.1, config=config, num_processors=100)
-
-
-def _time_linear(machine: Machine, shape: tuple[int, int], num_tokens: int, tile: Tile) -> Values:
+def _time_linear(machine: Machine, shape: tuple[int, int], num_tokens: int, tile: LinearTile) -> Values:
     num_inputs, num_outputs = shape
 
     def make(seed: int) -> Call:

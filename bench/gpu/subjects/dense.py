@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu.contexts import random_on
 from bench.gpu.machine import Call, Machine
 from bench.gpu.subject import Subject
 from llmd_kernels import add_rms_norm, gated_mul, linear, rope_kv_write
@@ -33,7 +34,7 @@ def _norm(machine: Machine, num_tokens: int) -> Subject:
     compiled = machine.compiled(_plain_norm)
 
     def make(seed: int) -> Mapping[str, Call]:
-        random = _random(machine, seed)
+        random = random_on(machine, seed=seed)
         x, residual, weight = random(num_tokens, hidden), random(num_tokens, hidden), random(hidden)
         return {
             "llmd": lambda: add_rms_norm(x, residual, weight, EPS),
@@ -60,7 +61,7 @@ def _gate(machine: Machine, num_tokens: int) -> Subject:
     compiled = machine.compiled(_plain_gate)
 
     def make(seed: int) -> Mapping[str, Call]:
-        gate_up = _random(machine, seed)(num_tokens, 2 * size)
+        gate_up = random_on(machine, seed=seed)(num_tokens, 2 * size)
         return {"llmd": lambda: gated_mul(gate_up, "silu"), "torch.compile": lambda: compiled(gate_up)}
 
     return Subject(
@@ -81,7 +82,7 @@ def _rope(machine: Machine, num_tokens: int) -> Subject:
     num_blocks = -(-num_tokens // block_size)
 
     def make(seed: int) -> Mapping[str, Call]:
-        random = _random(machine, seed)
+        random = random_on(machine, seed=seed)
         caches = [random(num_blocks, model.num_kv_heads, block_size, model.head_dim) for _ in range(2)]
         arguments = {
             "qkv": random(num_tokens, model.qkv),
@@ -111,7 +112,7 @@ def _linear(machine: Machine, name: str, num_tokens: int) -> Subject:
     num_inputs, num_outputs = machine.sizes.model.linears[name]
 
     def make(seed: int) -> Mapping[str, Call]:
-        random = _random(machine, seed)
+        random = random_on(machine, seed=seed)
         x, weight = random(num_tokens, num_inputs), random(num_outputs, num_inputs)
         return {"llmd": lambda: linear(x, weight), "cuBLAS": lambda: torch.mm(x, weight.t())}
 
@@ -121,12 +122,3 @@ def _linear(machine: Machine, name: str, num_tokens: int) -> Subject:
         linear_cost.bytes_moved(num_tokens, num_inputs, num_outputs, itemsize=2),
         linear_cost.operations(num_tokens, num_inputs, num_outputs),
     )
-
-
-def _random(machine: Machine, seed: int):  # type: ignore[no-untyped-def]
-    generator = torch.Generator(machine.device).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=machine.device, dtype=torch.bfloat16)
-
-    return random
