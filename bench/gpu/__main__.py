@@ -2,6 +2,7 @@
 
     scripts/gpu-check [--stages device,kernels] [--out FOLDER] [--wheels FOLDER]
     scripts/gpu-check --missing      which packages the server lacks here, and how to bring them
+    scripts/gpu-check --report       fill docs/performance.md from the newest results
     scripts/gpu-check --rehearse     all of it on a CPU with tiny sizes: the figures mean nothing
 
 A stage that is done is not done again; one that was cut goes on behind its last row. Exit status 0: all of it is good.
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.gpu.packages import ROOT, fetch_command, install, missing_packages
+from bench.gpu.performance import report
 from bench.gpu.results import Origin
 from bench.gpu.running import Stage, run_stages
 
@@ -38,8 +41,14 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of packages that are missing here")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="for everything (default: 535)")
     parser.add_argument("--missing", action="store_true", help="only say what the server lacks")
+    parser.add_argument("--report", action="store_true", help="only fill docs/performance.md from the newest results")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, into a temporary folder")
     options = parser.parse_args()
+    if options.report:
+        report()
+        return 0
+    # Ended from outside, it still ends the stage that runs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as site:
         if options.wheels is not None:
             install(options.wheels, Path(site))

@@ -1,6 +1,7 @@
 """What a stage has found, as JSON that is whole on disk after every row. Knows nothing of what is measured."""
 
 import json
+import math
 import os
 import time
 import traceback
@@ -67,8 +68,7 @@ def write(path: Path, result: StageResult) -> None:
     """Whole or not at all: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".half")
-    # NaN and infinity are not JSON: a measurement that gives one is a fault of the measurement.
-    half.write_text(json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
+    half.write_text(json.dumps(asdict(result), indent=1) + "\n")
     os.replace(half, path)
 
 
@@ -100,7 +100,7 @@ class Recorder:
             return
         started = time.monotonic()
         try:
-            values, error = dict(measure()), None
+            values, error = _finite(measure()), None
         except Exception as failure:
             traceback.print_exc()
             values, error = {}, f"{type(failure).__name__}: {failure}"
@@ -117,6 +117,14 @@ class Recorder:
     def _save(self) -> None:
         self._result = replace(self._result, seconds=round(time.monotonic() - self._started, 3))
         write(self._path, self._result)
+
+
+def _finite(values: Values) -> dict[str, Value]:
+    """NaN and infinity are no JSON, and no measurement. Raises ValueError."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    return dict(values)
 
 
 def print_row(stage: str, row: Row) -> None:

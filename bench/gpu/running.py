@@ -51,7 +51,7 @@ def _run(stage: Stage, folder: Path, origin: Origin, *, seconds: float) -> Stage
     status: Status = "cut"
     error = None
     if seconds > 0:
-        process = subprocess.Popen(stage.command, start_new_session=True)
+        process = subprocess.Popen(stage.command, process_group=0)
         try:
             process.wait(seconds)
             status, error = ("done", None) if process.returncode == 0 else ("failed", f"status {process.returncode}")
@@ -70,7 +70,7 @@ def _run(stage: Stage, folder: Path, origin: Origin, *, seconds: float) -> Stage
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the stage and all that it has started and that has stayed in its session."""
+    """End the stage and all that it has started and that has stayed in its group."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

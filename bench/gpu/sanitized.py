@@ -1,10 +1,7 @@
 """`python -m bench.gpu.sanitized cuda|cpu`: a few small launches of every kernel, for compute-sanitizer to watch."""
 
 import argparse
-import os
-
-# The caching allocator hands out parts of large blocks: an access beyond a tensor would still be within one.
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+from collections.abc import Sequence
 
 import torch
 
@@ -14,10 +11,10 @@ from tests.kernels.proof.interpreter import interpreted
 from tests.kernels.proof.registry import PROOFS
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("device", choices=("cuda", "cpu"))
-    device = torch.device(parser.parse_args().device)
+    device = torch.device(parser.parse_args(arguments).device)
     for proof in PROOFS[: None if device.type == "cuda" else 1]:
         with launched_on(device) if device.type == "cuda" else interpreted():
             check_numbers(proof, proof.cases[1])

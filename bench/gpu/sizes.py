@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The sizes of one layer and the head."""
+    """The sizes of one layer and the head, and how many layers there are."""
 
+    num_layers: int
     hidden: int
     intermediate: int
     num_heads: int
@@ -69,7 +70,7 @@ class Sizes:
 
 
 WHOLE = Sizes(
-    model=Model(4096, 14336, 32, 8, 128, 128256),
+    model=Model(32, 4096, 14336, 32, 8, 128, 128256),
     block_size=16,
     stream_bytes=4 << 30,
     square=8192,
@@ -93,7 +94,7 @@ WHOLE = Sizes(
 )
 
 TINY = Sizes(
-    model=Model(32, 48, 4, 2, 16, 80),
+    model=Model(1, 32, 48, 4, 2, 16, 80),
     block_size=16,
     stream_bytes=1 << 16,
     square=32,
