@@ -28,7 +28,7 @@ from bench.gpu.results import Origin
 from bench.gpu.running import Stage, run_stages
 
 # Seconds; each may need what an earlier one has measured or compiled.
-DEADLINES = {"device": 30.0, "correctness": 120.0, "kernels": 130.0, "sweep": 70.0, "server": 180.0}
+DEADLINES = {"device": 30.0, "correctness": 110.0, "kernels": 150.0, "sweep": 70.0, "server": 170.0}
 LIMIT = 535.0  # seconds for all of it
 
 

@@ -104,4 +104,4 @@ class Gpu:
         return Recorded(graph.replay, "graph")
 
     def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function)

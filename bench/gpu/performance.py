@@ -120,9 +120,9 @@ def _sweep(measured: Measured) -> Iterator[str]:
     """The fastest tiling of each group beside the one that ships, which was measured first."""
     groups: dict[str, list[tuple[str, float]]] = {}
     for name, values in measured.get("sweep", {}).items():
-        if "us" in values:
+        if values.get("us"):
             group, _, tile = name.rpartition(", ")
-            groups.setdefault(group, []).append((tile, float(values["us"] or 0)))
+            groups.setdefault(group, []).append((tile, float(values["us"])))
     if not groups:
         yield NOT_MEASURED
         return

@@ -3,7 +3,7 @@
 Needs no torch: the GPU is the server's alone.
 """
 
-import getpass
+import os
 import shutil
 import statistics
 import sys
@@ -27,7 +27,7 @@ def measure(recorder: Recorder, *, rehearsal: bool) -> None:
         raise SystemExit(f"the server needs {', '.join(missing)}: see --missing and --wheels")
     load = (TINY if rehearsal else WHOLE).load
     # The same for every run, so that one that goes on after the first start finds it warm.
-    cache = Path(tempfile.gettempdir()) / f"llmd-gpu-check-{'rehearsal-' * rehearsal}{getpass.getuser()}"
+    cache = Path(tempfile.gettempdir()) / f"llmd-gpu-check-{'rehearsal-' * rehearsal}{os.getuid()}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         flags = _flags(load, folder, rehearsal=rehearsal)

@@ -81,11 +81,9 @@ class ServerProcess:
         return sum(float(line.rpartition(" ")[2]) for line in counts)
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Of the processes of each kind, since their start."""
-        return {
-            kind: sum(_cpu_seconds(pid) for pid in child_pids(self._process.pid, module))
-            for kind, module in _CHILDREN.items()
-        }
+        """Of the processes of each kind, since their start; without kinds that cannot be found in this /proc."""
+        pids = {kind: child_pids(self._process.pid, module) for kind, module in _CHILDREN.items()}
+        return {kind: sum(map(_cpu_seconds, found)) for kind, found in pids.items() if found}
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[dict[str, float]]:
@@ -95,7 +93,7 @@ class ServerProcess:
         yield counted
         after = self.cpu_seconds()
         counted["steps"] = self.num_steps() - steps
-        for kind in _CHILDREN:
+        for kind in after.keys() & before.keys():
             counted[f"{kind} CPU us a step"] = 1e6 * (after[kind] - before[kind]) / max(1.0, counted["steps"])
 
     def _json(self, path: str) -> Any:

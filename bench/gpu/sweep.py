@@ -41,13 +41,18 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
         attends = _attends(machine)
         for config in attention_tiles(machine):
             name = f"paged_attention, {_shown(asdict(config))}"
-            recorder.row(name, lambda config=config: _time_attention(machine, config, attends))
+            recorder.row(name, lambda config=config: _tried(lambda: _time_attention(machine, config, attends)))
             groups.setdefault("paged_attention", []).append(name)
         _write_proposal(folder, recorder, groups)
         for group, num_tokens, shape in _linears(machine):
             for tile in linear_tiles(machine, num_tokens):
                 name = f"{group}, {_shown(dict(zip(LINEAR_FIELDS, tile, strict=True)))}"
-                recorder.row(name, lambda: _time_linear(machine, shape, num_tokens, tile))  # noqa: B023 (called at once)
+                recorder.row(
+                    name,
+                    lambda shape=shape, num_tokens=num_tokens, tile=tile: _tried(
+                        lambda: _time_linear(machine, shape, num_tokens, tile)
+                    ),
+                )
                 groups.setdefault(group, []).append(name)
             _write_proposal(folder, recorder, groups)
 
@@ -103,6 +108,14 @@ def _compile(machine: Machine, pool: Pool) -> Values:
         for config in attention_tiles(machine)
     ]
     return compile_all(pool, machine.arch, works)
+
+
+def _tried(time: Callable[[], Values]) -> Values:
+    """A tiling that needs more registers or shared memory than there are is a finding, not a failure."""
+    try:
+        return time()
+    except Exception as error:
+        return {"us": None, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def _time_linear(machine: Machine, shape: tuple[int, int], num_tokens: int, tile: LinearTile) -> Values:
@@ -164,7 +177,7 @@ def _write_proposal(folder: Path, recorder: Recorder, groups: Mapping[str, list[
     """For each group the fastest tiling beside the one that ships, which is its first."""
     entries = {}
     for group, names in groups.items():
-        rows = [recorder.rows[name] for name in names if name in recorder.rows]
+        rows = [row for name in names if (row := recorder.rows.get(name)) and row["us"]]
         if rows:
             fields = ATTENTION_FIELDS if group == "paged_attention" else LINEAR_FIELDS
             shipped, fastest = recorder.rows.get(names[0]), min(rows, key=lambda row: float(row["us"] or 0))
