@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -45,7 +45,7 @@ class Machine(Protocol):
 
     def record(self, calls: Sequence[Call]) -> Recorded: ...
 
-    def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What torch.compile makes of it."""
         ...
 
@@ -103,5 +103,5 @@ class Gpu:
             return Recorded(again, "calls")
         return Recorded(graph.replay, "graph")
 
-    def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function)

@@ -41,20 +41,25 @@ def _together(contexts: Contexts, cache: Tensor) -> Tensor:
 def _flex_attention(machine: Machine, q: Tensor, k: Tensor, v: Tensor, *, is_prefill: bool) -> Call:
     """Compiled at the first call, so that what it lacks is an error of that call."""
 
-    @functools.cache
-    def ready() -> tuple[Callable[..., Any], Any]:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        mask = None
-        if is_prefill:
-            mask = create_block_mask(_causal, None, None, q.shape[2], k.shape[2], device=q.device)
-        return machine.compiled(flex_attention), mask
-
     def call() -> object:
-        function, mask = ready()
-        return function(q, k, v, block_mask=mask, enable_gqa=True)
+        mask = _causal_mask(q.shape[2], q.device) if is_prefill else None
+        return _compiled_flex_attention(machine)(q, k, v, block_mask=mask, enable_gqa=True)
 
     return call
+
+
+@functools.cache
+def _compiled_flex_attention(machine: Machine) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return machine.compiled(flex_attention)
+
+
+@functools.cache
+def _causal_mask(length: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(_causal, None, None, length, length, device=device)
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

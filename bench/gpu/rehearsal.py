@@ -8,6 +8,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -62,6 +63,6 @@ class Rehearsal:
 
         return Recorded(again, "calls")
 
-    def compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """As it is: a compiler's minute would rehearse the compiler."""
         return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))

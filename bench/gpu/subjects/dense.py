@@ -1,6 +1,7 @@
 """What works on rows: norm, activation, rope with cache write, matrix products."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def _rope(machine: Machine, num_tokens: int) -> Subject:
     def make(seed: int) -> Mapping[str, Call]:
         random = random_on(machine, seed=seed)
         caches = [random(num_blocks, model.num_kv_heads, block_size, model.head_dim) for _ in range(2)]
-        arguments = {
+        arguments: dict[str, Any] = {
             "qkv": random(num_tokens, model.qkv),
             "positions": torch.arange(num_tokens, device=machine.device),
             "slots": torch.randperm(num_blocks * block_size, device=machine.device)[:num_tokens],
