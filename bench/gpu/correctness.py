@@ -36,7 +36,8 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
     with machine.running():
         for proof in PROOFS:
             recorder.row(f"{proof.name}, cases", lambda proof=proof: _check_cases(machine, proof))
-            recorder.row(f"{proof.name}, rows", lambda proof=proof: _check_rows(machine, proof))
+            if proof.rows:
+                recorder.row(f"{proof.name}, rows", lambda proof=proof: _check_rows(machine, proof))
         recorder.row("linear, shipped tiles", lambda: _check_linear(machine))
         recorder.row("paged_attention, shipped tiles", lambda: _check_attention(machine))
         recorder.row("linear, any number of tokens", lambda: _check_tokens(machine))
