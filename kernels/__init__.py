@@ -11,32 +11,69 @@ from llmd_kernels.all_reduce_add_rms_norm import SymmetricMemory, all_reduce_add
 from llmd_kernels.experts import experts
 from llmd_kernels.gated_mul import gated_mul
 from llmd_kernels.linear import linear, pack_weight
-from llmd_kernels.paged_attention import AttentionBatch, paged_attention
+from llmd_kernels.paged_attention import (
+    AttentionBatch,
+    AttentionWork,
+    HostLens,
+    LayerKind,
+    allocate_work,
+    paged_attention,
+)
 from llmd_kernels.rms_norm import rms_norm
 from llmd_kernels.rope_kv_write import rope_kv_write
 from llmd_kernels.route import route
 from llmd_kernels.sample import RowSampling, SampledTokens, SamplingBatch, sample
+from llmd_kernels.step_inputs import (
+    BLOCK_TABLES,
+    TOKEN_IDS,
+    NewEntries,
+    SequenceTables,
+    StepInputs,
+    allocate_inputs,
+    allocate_tables,
+    append_token_ids,
+    pack_step,
+    packed_size,
+    step_inputs,
+    write_differences,
+)
 from llmd_kernels.token_logprobs import TokenLogprobs, token_logprobs
 from llmd_kernels.top_tokens import top_tokens
 
 __all__ = [
+    "BLOCK_TABLES",
+    "TOKEN_IDS",
     "AttentionBatch",
+    "AttentionWork",
+    "HostLens",
+    "LayerKind",
+    "NewEntries",
     "RowSampling",
     "SampledTokens",
     "SamplingBatch",
+    "SequenceTables",
+    "StepInputs",
     "SymmetricMemory",
     "TokenLogprobs",
     "add_rms_norm",
     "all_reduce_add_rms_norm",
+    "allocate_inputs",
+    "allocate_tables",
+    "allocate_work",
+    "append_token_ids",
     "experts",
     "gated_mul",
     "linear",
+    "pack_step",
     "pack_weight",
+    "packed_size",
     "paged_attention",
     "rms_norm",
     "rope_kv_write",
     "route",
     "sample",
+    "step_inputs",
     "token_logprobs",
     "top_tokens",
+    "write_differences",
 ]

@@ -26,6 +26,11 @@ def _converts_float8(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
+def on_triton_device(*tensors: Tensor) -> bool:
+    """Whether these are on a device for which Triton compiles, of whatever dtype."""
+    return all(tensor.device.type in TRITON_DEVICES for tensor in tensors)
+
+
 def uses_triton(*tensors: Tensor) -> bool:
     """Whether these are on a device for which Triton compiles, and of the dtypes that its kernels compute with."""
-    return all(tensor.device.type in TRITON_DEVICES and tensor.dtype in TRITON_DTYPES for tensor in tensors)
+    return on_triton_device(*tensors) and all(tensor.dtype in TRITON_DTYPES for tensor in tensors)

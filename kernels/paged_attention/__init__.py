@@ -1,13 +1,18 @@
 """Causal attention of a step's tokens over their sequences' paged K and V: prefill, decode and any mixture."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.paged_attention import torch_ops
-from llmd_kernels.paged_attention.batch import AttentionBatch
+from llmd_kernels.paged_attention.batch import AttentionBatch, HostLens
+from llmd_kernels.paged_attention.device_work import AttentionWork, allocate_lists
 from llmd_kernels.paged_attention.tiles import BLOCK_SIZES, find_config
+from llmd_kernels.paged_attention.workspace import LayerKind, Scratch
 
-__all__ = ["AttentionBatch", "paged_attention"]
+__all__ = ["AttentionBatch", "AttentionWork", "HostLens", "LayerKind", "allocate_work", "paged_attention"]
 
 
 def paged_attention(
@@ -55,4 +60,47 @@ def paged_attention(
             )
     return torch_ops.paged_attention(
         q, k_cache, v_cache, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, **scales
+    )
+
+
+def allocate_work(
+    kinds: Sequence[LayerKind],
+    *,
+    max_seqs: int,
+    max_tokens: int,
+    max_len: int,
+    block_size: int,
+    q_dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+    scratch: Scratch | None = None,
+) -> AttentionWork | None:
+    """Memory for the work lists of steps of at most max_seqs sequences, max_tokens tokens, contexts of max_len tokens.
+
+    `plan` of the result makes the lists on the device; a launch of `paged_attention` with an AttentionBatch that has
+    them may be captured, and serves all these steps. kinds: those of the model's layers. scratch: that of a larger
+    bucket, whose launches never run at the same time.
+
+    None where `paged_attention` would not use Triton for one of the kinds: it then waits for the device in every layer
+    and cannot be captured. ValueError where the scratch is too small.
+    """
+    if not kinds or block_size not in BLOCK_SIZES or not uses_triton(torch.empty(0, dtype=q_dtype, device=device)):
+        return None
+    from llmd_kernels.paged_attention import triton_ops
+
+    processors = triton_ops.processors(device)
+    configs = {}
+    for kind in kinds:
+        config = find_config(processors.arch, kind.head_dim, q_dtype, cache_dtype)
+        if config is None:
+            return None
+        configs[kind] = config
+    return allocate_lists(
+        configs,
+        max_seqs=max_seqs,
+        max_tokens=max_tokens,
+        max_len=max_len,
+        num_processors=processors.number,
+        device=device,
+        scratch=scratch,
     )

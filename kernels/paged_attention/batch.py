@@ -4,11 +4,23 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from llmd_kernels.paged_attention.device_work import AttentionWork
 from llmd_kernels.paged_attention.work import Cut, TileGroup, plan_work
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class HostLens:
+    """What the tensors of an AttentionBatch say, where the host knows it: nothing is read back from the device."""
+
+    query_starts: npt.NDArray[np.int64]  # [num_seqs + 1]
+    kv_lens: npt.NDArray[np.int64]  # [num_seqs]
+    places: npt.NDArray[np.int64] | None = None  # [num_seqs]; None where the batch has none
 
 
 @dataclass(frozen=True)
@@ -18,16 +30,27 @@ class AttentionBatch:
     Sequence s owns the query rows query_starts[s] … query_starts[s + 1]; they are its last positions, that is,
     the last of kv_lens[s]. Rows beyond query_starts[-1] are padding. Its token at position p lies in block
     block_tables[s, p // block_size] at offset p % block_size; entries beyond its length are never read.
+
+    With `places`, the tables are those of all live sequences, and sequence s has the row places[s].
+
+    A GPU needs a work list for each kind of layer. It is in `work_lists` (planned on the device, see device_work.py),
+    or the host makes it at the first layer that asks: from `on_host`, or it waits for the tensors.
     """
 
     query_starts: Tensor  # [num_seqs + 1] int64, first 0, never falling
     kv_lens: Tensor  # [num_seqs] int64: context of each sequence, this step's tokens included
-    block_tables: Tensor  # [num_seqs, max_blocks] int64
+    block_tables: Tensor  # [num_seqs, or num_places; max_blocks] int64 or int32
     block_size: int  # tokens of a block: a power of two
+    places: Tensor | None = None  # [num_seqs] int64
+    on_host: HostLens | None = None
+    is_static: bool = False  # the tensors are written anew for every step: nothing that is made from them is kept
+    work_lists: AttentionWork | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns: made at the first layer that asks for `key`, kept for the others."""
+        if self.is_static:
+            return make()
         if key not in self._made:
             self._made[key] = make()
         made: T = self._made[key]
@@ -35,4 +58,8 @@ class AttentionBatch:
 
     def work(self, cut: Cut) -> list[TileGroup]:
         """The step's attention cut to pieces, for PyTorch's operators."""
-        return self.once(cut, lambda: plan_work(self.query_starts, self.kv_lens, self.block_tables, cut))
+        return self.once(cut, lambda: plan_work(self.query_starts, self.kv_lens, self._tables(), cut))
+
+    def _tables(self) -> Tensor:
+        """One row a sequence of the batch."""
+        return self.block_tables if self.places is None else self.block_tables[self.places]

@@ -15,7 +15,7 @@ Array = npt.NDArray[np.int32]
 
 # The fields of an item, in order; the kernel reads them by these places.
 FIELDS = (
-    "sequence",
+    "table_row",  # the sequence's row of the block tables
     "first_row",  # of Q: the tile's first query
     "num_queries",  # of the tile
     "first_position",  # of the tile's first query in its sequence
@@ -54,8 +54,42 @@ class ItemList:
     num_counters: int
 
 
-def plan_items(query_starts: npt.NDArray[np.int64], kv_lens: npt.NDArray[np.int64], cut: ItemCut) -> ItemList:
-    """query_starts [num_seqs + 1], kv_lens [num_seqs], as in AttentionBatch."""
+def max_tiles(max_seqs: int, max_tokens: int, cut: ItemCut) -> int:
+    """Tiles of queries that a step of at most so many sequences and tokens can have.
+
+    n tokens make at most (n + tile_queries - 1) / tile_queries tiles; a sequence without tokens makes none.
+    """
+    return (max_tokens + min(max_seqs, max_tokens) * (cut.tile_queries - 1)) // cut.tile_queries
+
+
+def max_shared_tiles(num_tiles: int, cut: ItemCut) -> int:
+    """Tiles that more than one item can share, of num_tiles: each has at least one item more than one."""
+    return min(num_tiles, extra_items(cut))
+
+
+def extra_items(cut: ItemCut) -> int:
+    """Items that a step can have more than tiles, however long its contexts are.
+
+    A run is at least num_splits · heads / (programs · ITEMS_PER_PROGRAM), num_splits being those of all tiles together;
+    and of n splits a tile makes at most ceil(n / run) < n / run + 1 items.
+    """
+    return cut.wanted_programs * ITEMS_PER_PROGRAM // cut.num_kv_heads
+
+
+def max_partial_rows(num_tiles: int, max_len: int, cut: ItemCut) -> int:
+    """Rows of partial results (of one KV head) that num_tiles tiles of contexts of at most max_len tokens can take."""
+    visible = max_len if cut.window is None else min(max_len, cut.window + cut.tile_queries - 1 + cut.split)
+    num_splits = -(-visible // cut.split)
+    return min(cut.max_partial_rows, max_shared_tiles(num_tiles, cut) * cut.tile_queries * cut.group * num_splits)
+
+
+def plan_items(
+    query_starts: npt.NDArray[np.int64],
+    kv_lens: npt.NDArray[np.int64],
+    cut: ItemCut,
+    places: npt.NDArray[np.int64] | None = None,
+) -> ItemList:
+    """query_starts [num_seqs + 1], kv_lens [num_seqs], places [num_seqs], as in AttentionBatch."""
     num_queries = np.diff(query_starts)
     sequence, tile = _expand(-(-num_queries // cut.tile_queries))
     offset = tile * cut.tile_queries
@@ -78,7 +112,7 @@ def plan_items(query_starts: npt.NDArray[np.int64], kv_lens: npt.NDArray[np.int6
     item_first = first_split[of] + part * item_splits[of]
     item_end = np.minimum(item_first + item_splits[of], end_split[of])
     columns = {
-        "sequence": sequence[of],
+        "table_row": sequence[of] if places is None else places[sequence[of]],
         "first_row": query_starts[sequence[of]] + offset[of],
         "num_queries": tile_queries[of],
         "first_position": first_position[of],
@@ -87,8 +121,8 @@ def plan_items(query_starts: npt.NDArray[np.int64], kv_lens: npt.NDArray[np.int6
         "tile_first_split": first_split[of],
         "tile_end_split": end_split[of],
         "num_parts": num_parts[of],
-        "partial_row": (partial_rows.cumsum() - partial_rows)[of],
-        "counter": (shared.cumsum() - shared)[of],
+        "partial_row": np.where(shared, partial_rows.cumsum() - partial_rows, 0)[of],
+        "counter": np.where(shared, shared.cumsum() - 1, 0)[of],
     }
     items = np.stack([columns[name] for name in FIELDS], axis=1).astype(np.int32)
     longest_first = np.argsort(item_first - item_end, kind="stable")

@@ -25,12 +25,16 @@ def paged_attention(
     for s in range(batch.kv_lens.shape[0]):
         first_row, end_row = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
         kv_len = int(batch.kv_lens[s])
+        table_row = s if batch.places is None else int(batch.places[s])
         slots = [divmod(p, batch.block_size) for p in range(kv_len)]
         for row in range(first_row, end_row):
             position = kv_len - (end_row - row)
             first_key = 0 if window is None else max(0, position - window + 1)
             for head in range(q.shape[1]):
-                places = [(int(batch.block_tables[s, b]), head // group, o) for b, o in slots[first_key : position + 1]]
+                places = [
+                    (int(batch.block_tables[table_row, b]), head // group, o)
+                    for b, o in slots[first_key : position + 1]
+                ]
                 k = torch.stack([k_cache[place] for place in places]).to(q.dtype)
                 v = torch.stack([v_cache[place] for place in places]).to(q.dtype)
                 if k_scales is not None and v_scales is not None:

@@ -6,18 +6,16 @@ Bitwise the same row whatever else is in the step and however the prompt was cut
 import functools
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-from llmd_kernels.paged_attention.batch import AttentionBatch
-from llmd_kernels.paged_attention.items import FIELDS, ItemCut, plan_items
+from llmd_kernels.paged_attention.batch import AttentionBatch, HostLens
+from llmd_kernels.paged_attention.items import ItemCut, ItemList, plan_items
 from llmd_kernels.paged_attention.tiles import BLOCK_SIZES, TileConfig, padded_dim
 from llmd_kernels.paged_attention.triton_kernel import attend
+from llmd_kernels.paged_attention.workspace import LayerKind, Workspace, cut_for, workspace_from
 
-# Bytes of partial results of one step, at most; tiles for which there is no room are attended by one program each.
-MAX_PARTIAL_BYTES = 64 << 20
 # Numbers of a padding row that are set to zero at a time.
 ZEROS = 1024
 
@@ -36,18 +34,6 @@ def processors(device: torch.device) -> Processors:
     is_amd = torch.version.hip is not None
     arch = properties.gcnArchName.split(":")[0] if is_amd else f"sm_{properties.major}{properties.minor}"
     return Processors(arch, properties.multi_processor_count)
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """A step's work list on the device, and room for what its programs hand to each other. Serves all layers."""
-
-    num_programs: int
-    header: Tensor  # [2] int32: number of items, rows of Q that are not padding
-    items: Tensor  # [num_items, len(FIELDS)] int32
-    partial_values: Tensor  # [num_partial_rows · num_kv_heads, padded head_dim] float32
-    partial_sums: Tensor  # [num_partial_rows · num_kv_heads, 2] float32: largest score and total
-    counters: Tensor  # [num_counters, num_kv_heads] int32: zero before and after each launch
 
 
 def paged_attention(
@@ -78,18 +64,10 @@ def paged_attention(
     if q.numel() >= 1 << 31:
         raise ValueError(f"{len(q)} rows of q are more than 32 bits can count")
     q = q.contiguous()
-    group = num_heads // num_kv_heads
-    rows = max(config.rows, triton.next_power_of_2(group))
-    cut = ItemCut(
-        tile_queries=rows // group,
-        split=config.split,
-        num_kv_heads=num_kv_heads,
-        group=group,
-        window=window,
-        wanted_programs=num_processors * config.programs_per_processor,
-        max_partial_rows=MAX_PARTIAL_BYTES // (4 * padded_dim(head_dim) * num_kv_heads),
-    )
-    space = batch.once((cut, head_dim), lambda: _workspace(batch, cut, padded_dim(head_dim)))
+    kind = LayerKind(num_heads, num_kv_heads, head_dim, window)
+    cut = cut_for(kind, config, num_processors)
+    space = _workspace(batch, kind, cut)
+    scratch = space.scratch
     # Half of the bytes: a program reads a block's id once for each of its tokens.
     tables = batch.once("int32 block tables", batch.block_tables.int)
     out = torch.empty_like(q)
@@ -97,16 +75,16 @@ def paged_attention(
         q,
         k_cache,
         v_cache,
-        space.partial_sums if k_scales is None else k_scales,
-        space.partial_sums if v_scales is None else v_scales,
-        space.partial_sums if sinks is None else sinks,
+        scratch.partial_sums if k_scales is None else k_scales,
+        scratch.partial_sums if v_scales is None else v_scales,
+        scratch.partial_sums if sinks is None else sinks,
         out,
         tables,
         space.header,
         space.items,
-        space.partial_values,
-        space.partial_sums,
-        space.counters,
+        scratch.partial_values,
+        scratch.partial_sums,
+        scratch.counters,
         len(q),
         *_strides_in_rows(k_cache, v_cache),
         *((0, 0) if k_scales is None else k_scales.stride()[:2]),
@@ -115,11 +93,11 @@ def paged_attention(
         soft_cap or 0.0,
         window or 0,
         NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
+        GROUP=cut.group,
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
         PAGE=block_size,
-        ROWS=rows,
+        ROWS=max(config.rows, triton.next_power_of_2(cut.group)),
         TILE=config.tile,
         SPLIT=config.split,
         HAS_SCALES=k_scales is not None,
@@ -146,20 +124,19 @@ def _strides_in_rows(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int]:
     return strides[0] // head_dim, strides[1] // head_dim, strides[2] // head_dim
 
 
-def _workspace(batch: AttentionBatch, cut: ItemCut, dim: int) -> Workspace:
-    work = plan_items(batch.query_starts.cpu().numpy(), batch.kv_lens.cpu().numpy(), cut)
-    device = batch.block_tables.device
-    # At least one program and one place of each kind: a step may be padding only, and no pointer may be null.
-    num_programs = max(1, len(work.items) * cut.num_kv_heads)
-    partial_rows = max(1, work.num_partial_rows * cut.num_kv_heads)
-    plan = np.concatenate([np.array([len(work.items), work.num_rows], dtype=np.int32), work.items.reshape(-1)])
-    # One copy for both; the list begins at a multiple of 8 bytes.
-    on_device = torch.from_numpy(plan).to(device, non_blocking=True)
-    return Workspace(
-        num_programs=num_programs,
-        header=on_device[:2],
-        items=on_device[2:].view(-1, len(FIELDS)),
-        partial_values=torch.empty(partial_rows, dim, dtype=torch.float32, device=device),
-        partial_sums=torch.empty(partial_rows, 2, dtype=torch.float32, device=device),
-        counters=torch.zeros(max(1, work.num_counters), cut.num_kv_heads, dtype=torch.int32, device=device),
-    )
+def _workspace(batch: AttentionBatch, kind: LayerKind, cut: ItemCut) -> Workspace:
+    """The step's work list for layers of this kind. ValueError where a batch that stays has none from the device."""
+    if batch.work_lists is not None:
+        return batch.work_lists.workspace(kind, cut)
+    if batch.is_static:
+        raise ValueError("a batch whose tensors are written anew for every step needs work_lists")
+    return batch.once((kind, cut), lambda: workspace_from(_planned(batch, cut), kind, batch.block_tables.device))
+
+
+def _planned(batch: AttentionBatch, cut: ItemCut) -> ItemList:
+    """Made on the host; waits for the device where the host does not know the lengths."""
+    lens = batch.on_host
+    if lens is None:
+        places = None if batch.places is None else batch.places.cpu().numpy()
+        lens = HostLens(batch.query_starts.cpu().numpy(), batch.kv_lens.cpu().numpy(), places)
+    return plan_items(lens.query_starts, lens.kv_lens, cut, lens.places)

@@ -44,7 +44,7 @@ def test_every_query_meets_every_split_that_it_sees_once(step: tuple[list[int], 
         assert 1 <= item["num_queries"] <= cut.tile_queries
         assert item["tile_first_split"] <= item["first_split"] < item["end_split"] <= item["tile_end_split"]
         starts = np.array([0, *num_queries]).cumsum()
-        s = item["sequence"]
+        s = item["table_row"]
         assert item["first_position"] == lens[s] - num_queries[s] + item["first_row"] - starts[s]
         for query in range(item["num_queries"]):
             for split in range(item["first_split"], item["end_split"]):

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmd_kernels.paged_attention import cost, reference, triton_kernel, triton_ops
+from llmd_kernels.paged_attention import cost, reference, triton_kernel, triton_ops, workspace
 from llmd_kernels.paged_attention.items import FIELDS, ItemList, plan_items
 from llmd_kernels.paged_attention.tiles import TABLE, TileConfig
 from tests.kernels.batches import Context, Heads, Inputs, context, inputs
@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_who_works(monkeypatch: pytest.MonkeyPatch, num_pr
     contexts = [context(n, Heads(4, 2, 16), seed=n, dtype=torch.bfloat16) for n in (100, 3, 70)]
     whole = attend(inputs(contexts, [20, 3, 1]), num_processors=2)
     assert torch.equal(attend(inputs(contexts, [20, 3, 1]), num_processors=num_processors), whole)
-    monkeypatch.setattr(triton_ops, "MAX_PARTIAL_BYTES", 3000)
+    monkeypatch.setattr(workspace, "MAX_PARTIAL_BYTES", 3000)
     assert torch.equal(attend(inputs(contexts, [20, 3, 1]), num_processors=num_processors), whole)
 
 

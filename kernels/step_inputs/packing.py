@@ -1,0 +1,109 @@
+"""What the host sends for a step, as one row of 32-bit integers: which rows run, and what is new in the tables.
+
+    header    HEADER_FIELDS, filled up to HEADER_SIZE
+    rows      ROW_FIELDS, one field after the other, `max_rows` numbers each
+    segments  SEGMENT_FIELDS, one record after the other: where consecutive new entries of a table go
+    values    of all segments
+
+Header and rows lie at the same places in every step of a bucket, so a captured launch finds them. Knows no device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.int32]
+
+HEADER_FIELDS = ("num_rows", "num_tokens", "num_logits", "num_samples", "num_segments")
+HEADER_SIZE = 8
+# The columns of `rows` as the caller gives them.
+GIVEN_FIELDS = ("place", "start", "num_tokens", "num_prompt_logits", "samples")
+ROW_FIELDS = (
+    "place",  # the sequence's row of the tables
+    "start",  # position of the first token that runs
+    "num_tokens",  # that run
+    "first_token",  # where they begin in the step's row of tokens
+    "num_prompt_logits",  # of its first tokens, for the probabilities of prompt tokens
+    "first_logit",  # where the logits of this row begin
+    "sample",  # which of the drawn tokens is this row's; -1: none
+)
+SEGMENT_FIELDS = ("table", "place", "first", "count", "values")
+# What "table" says.
+TOKEN_IDS, BLOCK_TABLES = 0, 1
+# A program writes one segment at a time; longer runs of new entries are several segments.
+MAX_SEGMENT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class NewEntries:
+    """Consecutive new entries in one sequence's row of a table."""
+
+    table: int  # TOKEN_IDS or BLOCK_TABLES
+    place: int
+    first: int  # column of the first value
+    values: Sequence[int] | npt.NDArray[np.integer]
+
+
+def segments_start(max_rows: int) -> int:
+    return HEADER_SIZE + len(ROW_FIELDS) * max_rows
+
+
+def packed_size(max_rows: int, new_entries: Sequence[NewEntries]) -> int:
+    """Numbers that `pack_step` writes."""
+    num_segments = sum(-(-len(new.values) // MAX_SEGMENT) for new in new_entries)
+    num_values = sum(len(new.values) for new in new_entries)
+    return segments_start(max_rows) + num_segments * len(SEGMENT_FIELDS) + num_values
+
+
+def pack_step(rows: npt.ArrayLike, new_entries: Sequence[NewEntries], out: Array, *, max_rows: int) -> int:
+    """Write a step to `out` (as a rule pinned memory); returns how many numbers of it are used.
+
+    rows [num_rows, len(GIVEN_FIELDS)]: place, start, num_tokens ≥ 1, num_prompt_logits, samples (0 or 1); no place
+    twice. ValueError where there are more rows than `max_rows`, or more numbers than `out` has room for.
+    """
+    given = np.asarray(rows, dtype=np.int32).reshape(-1, len(GIVEN_FIELDS))
+    size = packed_size(max_rows, new_entries)
+    if len(given) > max_rows:
+        raise ValueError(f"{len(given)} rows in a step of at most {max_rows}")
+    if size > len(out):
+        raise ValueError(f"the step takes {size} numbers, the buffer has {len(out)}: make it larger")
+    place, start, num_tokens, num_prompt_logits, samples = given.T
+    num_logits = num_prompt_logits + samples
+    token_ends, logit_ends, sample_ends = num_tokens.cumsum(), num_logits.cumsum(), samples.cumsum()
+    totals = [int(ends[-1]) if len(given) else 0 for ends in (token_ends, logit_ends, sample_ends)]
+
+    columns = {
+        "place": place,
+        "start": start,
+        "num_tokens": num_tokens,
+        "first_token": token_ends - num_tokens,
+        "num_prompt_logits": num_prompt_logits,
+        "first_logit": logit_ends - num_logits,
+        "sample": np.where(samples, sample_ends - 1, -1),
+    }
+    # Rows that are not used have no tokens, and so begin where the last one ends.
+    unused = {"first_token": totals[0], "first_logit": totals[1], "sample": -1}
+    packed_rows = out[HEADER_SIZE : segments_start(max_rows)].reshape(len(ROW_FIELDS), max_rows)
+    for packed, name in zip(packed_rows, ROW_FIELDS, strict=True):
+        packed[: len(given)] = columns[name]
+        packed[len(given) :] = unused.get(name, 0)
+    out[:HEADER_SIZE] = 0
+    out[: len(HEADER_FIELDS)] = [len(given), *totals, _pack_entries(new_entries, out, segments_start(max_rows), size)]
+    return size
+
+
+def _pack_entries(new_entries: Sequence[NewEntries], out: Array, start: int, end: int) -> int:
+    """Segments from `start` on, their values up to `end`; returns the number of segments."""
+    values = end - sum(len(new.values) for new in new_entries)
+    num_segments = 0
+    for new in new_entries:
+        for first in range(0, len(new.values), MAX_SEGMENT):
+            count = min(MAX_SEGMENT, len(new.values) - first)
+            place = start + num_segments * len(SEGMENT_FIELDS)
+            out[place : place + len(SEGMENT_FIELDS)] = new.table, new.place, new.first + first, count, values + first
+            num_segments += 1
+        out[values : values + len(new.values)] = new.values
+        values += len(new.values)
+    return num_segments
