@@ -1,5 +1,6 @@
 """The work list of the Triton kernel, where every query meets every split once, and its table of tiles."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmd_kernels.paged_attention.items import FIELDS, ITEMS_PER_PROGRAM, ItemCut, ItemList, plan_items
+from llmd_kernels.paged_attention.items import (
+    FIELDS,
+    ItemCut,
+    ItemList,
+    extra_items,
+    max_partial_rows,
+    max_shared_tiles,
+    max_tiles,
+    plan_items,
+)
 from llmd_kernels.paged_attention.tiles import TABLE, find_config
 
 
@@ -89,9 +99,17 @@ def test_parts_of_a_tile_have_room_and_a_counter_of_their_own(step: tuple[list[i
 @given(steps(), cuts)
 def test_a_captured_launch_knows_how_many_items_there_may_be(step: tuple[list[int], list[int]], cut: ItemCut) -> None:
     """One a tile and a fixed number more, whatever the lengths are; the longest come first."""
-    items = plan(*step, cut).items
-    num_tiles = sum(-(-n // cut.tile_queries) for n in step[0])
-    assert len(items) <= num_tiles + cut.wanted_programs * ITEMS_PER_PROGRAM // cut.num_kv_heads
+    num_queries, lens = step
+    work = plan(num_queries, lens, cut)
+    items = work.items
+    num_tiles = sum(-(-n // cut.tile_queries) for n in num_queries)
+    assert len(items) <= num_tiles + extra_items(cut)
+    assert num_tiles <= max_tiles(len(lens), sum(num_queries), cut)
+    assert work.num_counters <= max_shared_tiles(num_tiles, cut)
+    # The tightest room that holds the step changes nothing.
+    room = max_partial_rows(num_tiles, max([*lens, 0]), cut)
+    assert work.num_partial_rows <= room
+    assert np.array_equal(plan(num_queries, lens, replace(cut, max_partial_rows=room)).items, items)
     spans = items[:, FIELDS.index("end_split")] - items[:, FIELDS.index("first_split")]
     assert (np.diff(spans) <= 0).all()
 

@@ -109,9 +109,8 @@ class Planted:
 PLANTED = [
     pytest.param(Planted(proof, fault), id=f"{proof.name}: {fault[0]}")
     for proof in PROOFS
-    # attention's kernel is more than one file, and one launch of the other stands for several ranks: their faults are
-    # planted in test_paged_attention_triton and test_triton_all_reduce
-    if proof.name not in ("paged_attention", "all_reduce_add_rms_norm")
+    # Where an operation is more than one file, function or launch, its faults are planted in a test of its own.
+    if proof.name not in ("paged_attention", "all_reduce_add_rms_norm", "step_inputs")
     for fault in FAULTS[proof.name]
 ]
 

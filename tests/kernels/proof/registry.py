@@ -11,6 +11,7 @@ from tests.kernels.proof.operations import (
     rms_norm,
     rope_kv_write,
     route,
+    step_inputs,
 )
 
 PROOFS: tuple[Proof, ...] = tuple(
@@ -25,5 +26,6 @@ PROOFS: tuple[Proof, ...] = tuple(
         route,
         experts,
         all_reduce_add_rms_norm,
+        step_inputs,
     )
 )
