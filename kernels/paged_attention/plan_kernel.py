@@ -74,7 +74,8 @@ def last_at_most(sorted_numbers, count, wanted):
     return low
 
 
-@triton.jit
+# One kernel for buckets of all sizes.
+@triton.jit(do_not_specialize=["num_seqs", "tile_stride", "max_partial_rows"])
 def plan(
     query_starts, kv_lens, places, header, items, tile_starts, tiles, num_seqs, tile_stride, max_partial_rows,
     TILE_QUERIES: tl.constexpr, SPLIT: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, WINDOW: tl.constexpr,

@@ -107,7 +107,8 @@ def _zero_padding(out, first_row, num_rows, WIDTH: tl.constexpr, BLOCK: tl.const
             tl.store(out + place, tl.zeros([BLOCK], out.dtype.element_ty), mask=start + columns < WIDTH)
 
 
-@triton.jit
+# What changes from step to step must not make another kernel: compiling takes time, and one binary has one arithmetic.
+@triton.jit(do_not_specialize=["num_rows", "table_stride"])
 def attend(  # noqa: PLR0915  (one straight line)
     q, k_cache, v_cache, k_scales, v_scales, sinks, out, block_tables,
     header, items, partial_values, partial_sums, counters,

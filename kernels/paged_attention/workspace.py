@@ -70,15 +70,15 @@ def allocate_scratch(num_values: int, num_sums: int, num_counters: int, device: 
 def workspace_from(work: ItemList, kind: LayerKind, device: torch.device) -> Workspace:
     """For a list that the host has made: one copy, without waiting for the device."""
     num_items = len(work.items)
-    plan = np.concatenate([np.array([num_items, work.num_rows], dtype=np.int32), work.items.reshape(-1)])
+    # The list begins at a multiple of 16 bytes, as one from the device does: the same compiled kernel takes both.
+    plan = np.concatenate([np.array([num_items, work.num_rows, 0, 0], dtype=np.int32), work.items.reshape(-1)])
     on_device = to_device(plan, device)
     partial_rows = work.num_partial_rows * kind.num_kv_heads
     return Workspace(
         # At least one program: a step may be padding only.
         num_programs=max(1, num_items * kind.num_kv_heads),
         header=on_device[:2],
-        # The list begins at a multiple of 8 bytes.
-        items=on_device[2:].view(-1, len(FIELDS)),
+        items=on_device[4:].view(-1, len(FIELDS)),
         scratch=allocate_scratch(
             partial_rows * padded_dim(kind.head_dim), partial_rows * 2, work.num_counters * kind.num_kv_heads, device
         ),

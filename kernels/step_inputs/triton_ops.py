@@ -52,7 +52,7 @@ def write_differences(step: Tensor, tables: SequenceTables, *, max_rows: int) ->
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments_start", "token_ids_stride", "block_tables_stride"])
 def write_differences_kernel(
     step, token_ids, block_tables, segments_start, token_ids_stride, block_tables_stride, BLOCK: tl.constexpr
 ):
@@ -103,7 +103,18 @@ def step_inputs(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "max_rows",
+        "max_tokens",
+        "max_logits",
+        "token_programs",
+        "row_programs",
+        "token_stride",
+        "block_stride",
+        "padding_slot",
+    ]
+)
 def step_inputs_kernel(
     step, token_table, block_tables, token_ids, positions, slots, query_starts, kv_lens, places,
     logit_rows, sampled_logits, sampled_places, sampled_lens,
@@ -203,7 +214,7 @@ def append_token_ids(drawn: Tensor, tables: SequenceTables, inputs: StepInputs) 
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_drawn", "max_len", "token_stride"])
 def append_token_ids_kernel(
     drawn, token_ids, sampled_places, sampled_lens, num_drawn, max_len, token_stride, BLOCK: tl.constexpr
 ):

@@ -46,7 +46,7 @@ FAULTS = [
     ("padding not marked", "tl.where(is_used, block * PAGE + position % PAGE, padding_slot)", "block * PAGE + position % PAGE"),  # noqa: E501
     ("padding reads the tables", "token_table + place * token_stride + position, mask=is_used", "token_table + place * token_stride + position, mask=exists"),  # noqa: E501
     ("place forgotten", "block_tables + place * block_stride + position", "block_tables + row * block_stride + position"),  # noqa: E501
-    ("start of the wrong row", "rows + START * max_rows + row, mask=is_used", "rows + START * max_rows + 0 * row, mask=is_used"),
+    ("start of the wrong row", "rows + START * max_rows + row, mask=is_used", "rows + START * max_rows + 0 * row, mask=is_used"),  # noqa: E501
     ("last start forgotten", "mask=row <= max_rows)", "mask=row < max_rows)"),
     ("context without this step", "mask=exists, other=0) + num_tokens)", "mask=exists, other=0) + 0 * num_tokens)"),
     ("prompt logits not skipped", "logit += tl.load(rows + NUM_PROMPT_LOGITS", "logit += 0 * tl.load(rows + NUM_PROMPT_LOGITS"),  # noqa: E501
