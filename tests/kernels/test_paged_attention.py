@@ -55,6 +55,29 @@ def test_a_block_size_that_does_not_fit_is_refused() -> None:
         attend(step)
 
 
+def test_tensors_that_stay_serve_every_step() -> None:
+    """Tables of all live sequences, rows to spare, and nothing kept from the step before."""
+    contexts = [context(n, Heads(4, 2, 16), seed=n) for n in (150, 5, 33)]
+    whole = inputs(contexts, [5, 5, 1])
+    tables = torch.full((9, whole.batch.block_tables.shape[1]), 10**6, dtype=torch.int32)
+    places = torch.tensor([7, 2, 4, 0])
+    tables[places[:3]] = whole.batch.block_tables.int()
+    starts, lens = torch.zeros(5, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    batch = AttentionBatch(starts, lens, tables, whole.batch.block_size, places=places, is_static=True)
+    static = Inputs(whole.q, whole.k_cache, whole.v_cache, batch)
+    for num_queries, new_lens in (([5, 5, 1], [150, 5, 33]), ([11], [150]), ([0, 0, 11], [20, 0, 12])):
+        ends = torch.tensor(num_queries).cumsum(0)
+        starts[1 : len(ends) + 1], starts[len(ends) + 1 :] = ends, ends[-1]
+        lens.zero_()[: len(new_lens)] = torch.tensor(new_lens)
+        n = len(num_queries)
+        step_tables = whole.batch.block_tables[:n]
+        usual = AttentionBatch(starts[: n + 1].clone(), lens[:n].clone(), step_tables, batch.block_size)
+        expected = attend(Inputs(whole.q, whole.k_cache, whole.v_cache, usual))
+        assert torch.equal(attend(static), expected)
+        truth = reference.paged_attention(static.q, static.k_cache, static.v_cache, batch, **with_sinks(static, {}))
+        torch.testing.assert_close(expected, truth, rtol=1e-5, atol=2e-6)
+
+
 def test_padding_rows_are_zero_and_never_spread() -> None:
     """`inputs` fills the padding rows of Q with NaN."""
     out = attend(inputs([context(5)], [5]))

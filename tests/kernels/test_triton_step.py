@@ -33,11 +33,13 @@ from llmd_kernels import (
 
 # Inside of the interpreter it is too late to import kernels.
 from llmd_kernels.paged_attention import plan_kernel, triton_ops
+from llmd_kernels.paged_attention.device_work import allocate_lists
 from llmd_kernels.paged_attention.items import FIELDS
 from llmd_kernels.paged_attention.tiles import TileConfig
 from llmd_kernels.rope_kv_write import triton_ops as rope_triton_ops
 from llmd_kernels.step_inputs import triton_ops as step_inputs_triton_ops
-from tests.kernels.proof.inputs import randn
+from tests.kernels.proof.compiler import compiled_for
+from tests.kernels.proof.inputs import meta, randn
 from tests.kernels.proof.interpreter import Launch, interpreted
 
 assert plan_kernel
@@ -273,3 +275,45 @@ def test_no_work_is_allocated_where_attention_is_not_in_triton(monkeypatch: pyte
     assert allocate_work(KINDS, **sizes, q_dtype=float64, cache_dtype=float64, block_size=16) is None
     monkeypatch.setattr(sys.modules["llmd_kernels.paged_attention"], "find_config", lambda *_: None)
     assert allocate_work(KINDS, **sizes, **bf16, block_size=16) is None
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_one_compiled_kernel_serves_steps_of_all_sizes(arch: str) -> None:
+    """Whether the host or the device makes attention's work list, too: a captured step has the bits of another."""
+    with compiled_for(arch) as kernels:
+        for max_rows, max_tokens, max_len in ((1, 1, 16), (16, 16, 4096), (200, 513, 100)):
+            launch_without_memory(max_rows, max_tokens, max_len)
+    codes: dict[str, set[bytes]] = {}
+    for kernel in kernels:
+        codes.setdefault(kernel.kernel, set()).add(kernel.code)
+    assert {name: len(code) for name, code in codes.items()} == dict.fromkeys(codes, 1)
+    assert set(codes) == {
+        "write_differences_kernel",
+        "step_inputs_kernel",
+        "append_token_ids_kernel",
+        "plan",
+        "attend",
+    }
+
+
+def launch_without_memory(max_rows: int, max_tokens: int, max_len: int) -> None:
+    device = torch.device("meta")
+    tables = allocate_tables(300, max_len, block_size=BLOCK_SIZE, device=device)
+    made = allocate_inputs(max_rows, max_tokens, max_rows, device=device)
+    step = meta(1000, dtype=torch.int32)
+    step_inputs_triton_ops.write_differences(step, tables, max_rows=max_rows)
+    step_inputs_triton_ops.step_inputs(step, tables, made, block_size=BLOCK_SIZE, padding_slot=max_len)
+    step_inputs_triton_ops.append_token_ids(meta(max_rows, dtype=torch.int64), tables, made)
+    (kind, *_) = KINDS
+    work = allocate_lists(
+        {kind: TILES}, max_seqs=max_rows, max_tokens=max_tokens, max_len=max_len, num_processors=9, device=device
+    )
+    work.plan(made.query_starts, made.kv_lens, made.places)
+    cache = meta(100, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16)
+    q = meta(max_tokens, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    lens = HostLens(np.array([0, 1]), np.array([5]))
+    for batch in (
+        made.attention(tables, block_size=BLOCK_SIZE, work_lists=work),
+        AttentionBatch(made.query_starts, made.kv_lens, tables.block_tables[:1].long(), BLOCK_SIZE, on_host=lens),
+    ):
+        triton_ops.paged_attention(q, cache, cache, batch, scale=1.0, config=TILES, num_processors=9)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from llmd_kernels import AttentionBatch
 from llmd_kernels.paged_attention import reference, triton_ops
+from llmd_kernels.paged_attention.device_work import allocate_lists
 from llmd_kernels.paged_attention.tiles import TABLE, Numbers, TileConfig
+from llmd_kernels.paged_attention.workspace import LayerKind
 from tests.kernels.batches import Heads, Inputs, context, inputs
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
 from tests.kernels.proof.inputs import FLOATS, dtype_name, meta
@@ -141,4 +143,14 @@ def _configuration(
     )
 
 
-PROOF = Proof(paged_attention, reference.paged_attention, list(cases()), [rows()], list(configurations()))
+def work_list() -> None:
+    """Made on the device, see test_triton_plan.py."""
+    device = torch.device("meta")
+    kinds = {LayerKind(32, 8, 128, window): TABLE["sm_90", 128, "16/16"] for window in (None, 128)}
+    work = allocate_lists(kinds, max_seqs=256, max_tokens=2048, max_len=8192, num_processors=132, device=device)
+    work.plan(meta(257, dtype=torch.int64), meta(256, dtype=torch.int64), meta(256, dtype=torch.int64))
+
+
+# A number a thread: a few kilobytes in all.
+WORK_LIST = Configuration("work list", work_list, vector_share=0.0)
+PROOF = Proof(paged_attention, reference.paged_attention, list(cases()), [rows()], [WORK_LIST, *configurations()])
