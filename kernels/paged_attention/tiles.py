@@ -46,7 +46,8 @@ def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers | None:
 # - 64 rows are what one wgmma takes. A decode step fills only a group's rows of them, which costs nothing as long as
 #   64 rows × 4 operations for the 4 bytes of a key and its value (64 operations a byte) are less than a tensor core
 #   does while a byte arrives (about 260 on sm_90). With head size 256 registers suffice for 32 rows (mma).
-# - A float32 product is made of multiplications and additions on NVIDIA: small tiles.
+# - A float32 product is made of multiplications and additions on NVIDIA: small tiles. Which of them fit into registers
+#   follows no rule that we know.
 # - Splits of 256 keys keep the processors of an H100 busy from four sequences of 2,048 tokens on (8 KV heads) and cost
 #   3 % more bytes where they are handed on; where there is enough to do they are merged in registers for nothing.
 # - Tiles, warps and stages are the largest that keep everything in registers, found by compiling.
