@@ -4,7 +4,7 @@
 One entry serves prefill and decode alike, so that a token's bits do not depend on which of the two computed it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,8 @@ import torch
 Numbers = Literal["16/16", "16/8", "32"]
 # The block sizes that are proven. An entry holds for all of them until a device shows a reason to differ.
 BLOCK_SIZES = (16, 32, 64)
+# Devices for which Triton has no float8_e4m3fn.
+WITHOUT_FLOAT8 = ("sm_80",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class TileConfig:
     num_warps: int
     num_stages: int  # tiles of K and V in flight
     programs_per_processor: int  # that run at a time
+    float8_by_bits: bool = False  # the device has no float8: its numbers are put together from their bits
 
 
 def padded_dim(head_dim: int) -> int:
@@ -55,6 +58,8 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_80", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_80", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
     ("sm_80", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
+    ("sm_80", 64, "16/8"): TileConfig(64, 64, 256, 8, 3, 1),
+    ("sm_80", 128, "16/8"): TileConfig(64, 64, 256, 8, 2, 1),
     ("sm_80", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_80", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_80", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
@@ -91,4 +96,7 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
 def find_config(arch: str, head_dim: int, q_dtype: torch.dtype, cache_dtype: torch.dtype) -> TileConfig | None:
     """The entry for this kind of device; None where there is none, or no proof of it."""
     kind = numbers(q_dtype, cache_dtype)
-    return None if kind is None else TABLE.get((arch, max(64, padded_dim(head_dim)), kind))
+    config = None if kind is None else TABLE.get((arch, max(64, padded_dim(head_dim)), kind))
+    if config is None or arch not in WITHOUT_FLOAT8 or cache_dtype.itemsize > 1:
+        return config
+    return replace(config, float8_by_bits=True) if cache_dtype == torch.float8_e4m3fn else None

@@ -12,6 +12,9 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The largest score where nothing is seen. Finite, so that differences stay numbers.
 NOTHING_SEEN = tl.constexpr(-1e30)
+# Powers of two by which the exponents' biases differ: 15 and 127 from 7.
+FLOAT16_TO_FLOAT8 = tl.constexpr(2.0**8)
+BFLOAT16_TO_FLOAT8 = tl.constexpr(2.0**120)
 NUM_FIELDS = tl.constexpr(11)
 
 
@@ -45,11 +48,32 @@ def _load_part(values_at, sums_at, used):
 
 
 @triton.jit
+def _numbers(loaded, dtype: tl.constexpr, FLOAT8_BY_BITS: tl.constexpr):
+    """What a cache holds, as numbers of `dtype`. Every number of float8 is one of bfloat16 and of float16 too.
+
+    By bits: sign, exponent and mantissa of float8_e4m3fn are moved to their places, and the smaller bias is made up by
+    a power of two, which is exact. NaN would be 480: a cache is finite.
+    """
+    if FLOAT8_BY_BITS:
+        bits = loaded.to(tl.uint16)
+        sign = (bits & 0x80) << 8
+        rest = bits & 0x7F
+        if dtype == tl.float16:
+            numbers = (sign | (rest << 7)).to(tl.float16, bitcast=True) * FLOAT16_TO_FLOAT8
+        else:
+            numbers = (sign | (rest << 4)).to(tl.bfloat16, bitcast=True) * BFLOAT16_TO_FLOAT8
+    else:
+        numbers = loaded
+    return numbers.to(dtype)
+
+
+@triton.jit
 def _attend_split(
     q, positions, k_cache, v_cache, k_scales, v_scales, table, head, first_key, begin, end,
     block_rows, head_rows, token_rows, scale_block_stride, scale_head_stride, scale, soft_cap, window,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     HAS_SCALES: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT8_BY_BITS: tl.constexpr,
 ):  # fmt: skip
     """Softmax of q [ROWS, PADDED_DIM] over the keys begin … end - 1: (largest score, total, values)."""
     dims = tl.arange(0, PADDED_DIM)
@@ -70,8 +94,10 @@ def _attend_split(
         else:
             k_mask = exists[None, :] & (dims < HEAD_DIM)[:, None]
             v_mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_cache + offset[None, :] + dims[:, None], mask=k_mask, other=0.0).to(q.dtype)
-        v = tl.load(v_cache + offset[:, None] + dims[None, :], mask=v_mask, other=0.0).to(q.dtype)
+        k = tl.load(k_cache + offset[None, :] + dims[:, None], mask=k_mask, other=0.0)
+        v = tl.load(v_cache + offset[:, None] + dims[None, :], mask=v_mask, other=0.0)
+        k = _numbers(k, q.dtype, FLOAT8_BY_BITS)
+        v = _numbers(v, q.dtype, FLOAT8_BY_BITS)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if HAS_SCALES:
             scale_offset = block * scale_block_stride + head * scale_head_stride + keys % PAGE
@@ -117,7 +143,7 @@ def attend(  # noqa: PLR0915  (one straight line)
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
     HAS_SCALES: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
-    PRECISION: tl.constexpr, ZEROS: tl.constexpr,
+    PRECISION: tl.constexpr, ZEROS: tl.constexpr, FLOAT8_BY_BITS: tl.constexpr,
 ):  # fmt: skip
     """Program p attends item p // NUM_KV_HEADS for KV head p % NUM_KV_HEADS; programs beyond the items end at once.
 
@@ -173,6 +199,7 @@ def attend(  # noqa: PLR0915  (one straight line)
             block_rows, head_rows, token_rows, scale_block_stride, scale_head_stride, scale, soft_cap, window,
             ROWS=ROWS, HEAD_DIM=HEAD_DIM, PADDED_DIM=PADDED_DIM, PAGE=PAGE, TILE=TILE,
             HAS_SCALES=HAS_SCALES, HAS_SOFT_CAP=HAS_SOFT_CAP, HAS_WINDOW=HAS_WINDOW, PRECISION=PRECISION,
+            FLOAT8_BY_BITS=FLOAT8_BY_BITS,
         )  # fmt: skip
         if num_parts > 1:
             first = partial + (split - tile_first_split) * split_rows

@@ -71,6 +71,8 @@ def paged_attention(
     # Half of the bytes: a program reads a block's id once for each of its tokens.
     tables = batch.once("int32 block tables", batch.block_tables.int)
     out = torch.empty_like(q)
+    if config.float8_by_bits:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     attend[(space.num_programs,)](
         q,
         k_cache,
@@ -107,6 +109,7 @@ def paged_attention(
         # Without it, float32 products would be rounded to 10 bits of mantissa (tf32).
         PRECISION="ieee",
         ZEROS=ZEROS,
+        FLOAT8_BY_BITS=config.float8_by_bits,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -150,6 +150,21 @@ def test_a_float8_cache_with_a_scale_a_token(num_processors: int) -> None:
     check(narrow, k_scales=scales[0], v_scales=scales[1], num_processors=num_processors, window=40)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_float8_by_its_bits_is_bitwise_float8(dtype: torch.dtype) -> None:
+    """All 254 numbers that float8_e4m3fn has."""
+    step = inputs([context(64, Heads(2, 1, 16), dtype=dtype)], [2])
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
+    caches = [numbers.repeat(step.k_cache.numel() // 256 + 1)[first:] for first in (0, 100)]
+    narrow = [cache[: step.k_cache.numel()].view_as(step.k_cache).to(torch.float8_e4m3fn) for cache in caches]
+    scales = torch.full(step.k_cache.shape[:3], 1 / 448)
+    step = Inputs(step.q, narrow[0], narrow[1], step.batch)
+    options = {"k_scales": scales, "v_scales": scales}
+    expected = attend(step, **options)
+    assert torch.equal(attend(step, **options, config=replace(SMALL, float8_by_bits=True)), expected)
+    assert expected[:2].abs().min() > 0
+
+
 # The shape of one KV head of Llama 3 with the tiling that ships for it, except that the few rows are not filled up.
 LLAMA = Heads(4, 1, 128)
 SHIPPED = TileConfig(rows=16, tile=64, split=256, num_warps=8, num_stages=3, programs_per_processor=1)

@@ -1,6 +1,7 @@
 """The proof of `paged_attention` in Triton. More that is particular to it: test_paged_attention_triton.py."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from llmd_kernels import AttentionBatch
 from llmd_kernels.paged_attention import reference, triton_ops
 from llmd_kernels.paged_attention.device_work import allocate_lists
-from llmd_kernels.paged_attention.tiles import TABLE, Numbers, TileConfig
+from llmd_kernels.paged_attention.tiles import TABLE, WITHOUT_FLOAT8, Numbers, TileConfig
 from llmd_kernels.paged_attention.workspace import LayerKind
 from tests.kernels.batches import Heads, Inputs, context, inputs
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
@@ -134,6 +135,8 @@ def _configuration(
     extras = " with window, soft cap and sinks" if has_sinks else ""
     # A product of float32 has no matrix instruction on NVIDIA; wgmma takes 64 rows, fewer are mma's.
     matrix = {arch: "HMMA" if config.rows < 64 and arch.startswith("sm_") else MATRIX[arch]}
+    if arch in WITHOUT_FLOAT8:
+        config = replace(config, float8_by_bits=numbers == "16/8")
     return Configuration(
         f"{numbers} bits, head size {head_dim}, block size {block_size}{extras}",
         call,
