@@ -60,6 +60,7 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_80", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
     ("sm_80", 64, "16/8"): TileConfig(64, 64, 256, 8, 3, 1),
     ("sm_80", 128, "16/8"): TileConfig(64, 64, 256, 8, 2, 1),
+    ("sm_80", 256, "16/8"): TileConfig(32, 32, 256, 8, 2, 1),
     ("sm_80", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_80", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_80", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
