@@ -104,6 +104,7 @@ def test_the_device_makes_the_items_that_the_host_makes(bucket: Bucket, has_plac
 
 
 MANY = Bucket([1] * 130 + [37, 3], [*range(1, 131), 300, 3], 140, 200, num_processors=20)
+FEW = Bucket([1] * 18 + [37, 3], [*range(1, 19), 300, 3], 22, 60, num_processors=20)
 LONG = Bucket([1], [4000], 8, 8, num_processors=132)
 CASES = (
     Bucket([], [], 2, 2, num_processors=1),
@@ -151,10 +152,12 @@ FAULTS = [
 @pytest.mark.parametrize(("right", "wrong"), FAULTS)
 def test_a_planted_fault_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: str, wrong: str) -> None:
     faulty = with_fault(plan_kernel, right, wrong, tmp_path)
+    # Several blocks of few.
+    faulty.__dict__.update(BLOCK=16, COMPARED=8)
     monkeypatch.setattr(plan_kernel, "plan_on_device", faulty.plan_on_device)
     monkeypatch.setattr(workspace, "MAX_PARTIAL_BYTES", 12_000)
     with pytest.raises((AssertionError, OutOfBounds, Race)):
-        check_all(*CASES, replace(MANY, num_processors=60))
+        check_all(FEW, LONG, replace(FEW, num_processors=60))
 
 
 def check_all(*buckets: Bucket) -> None:
