@@ -21,9 +21,11 @@ from bench.gpu.results import Recorder, Values
 from llmd_kernels import AttentionBatch, linear, paged_attention
 from llmd_kernels.linear import triton_ops as linear_ops
 from llmd_kernels.paged_attention import torch_ops as attention_torch
-from tests.kernels.proof.checks import TOLERANCES, Proof, check_numbers, check_rows
+from tests.kernels.proof.checks import TOLERANCES, Proof, check_case, check_numbers, check_rows
 from tests.kernels.proof.registry import PROOFS
 
+# What a proof gives to a kernel can be copied to a device, unless it holds addresses.
+MOVABLE = tuple(proof for proof in PROOFS if not any(case.in_turns for case in proof.cases))
 # Columns of a matrix instruction that one row's bits must not depend on: those of wgmma, and a tile beyond today's.
 COLUMNS = (16, 32, 64, 128, 256)
 # Errors of kernels, not those of calls that torch makes to find out what there is.
@@ -34,10 +36,11 @@ _SANITIZER_TIMEOUT = 45.0  # seconds
 def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
     recorder.row("compiling", lambda: _compile(machine, pool))
     with machine.running():
-        for proof in PROOFS:
+        for proof in MOVABLE:
             recorder.row(f"{proof.name}, cases", lambda proof=proof: _check_cases(machine, proof))
             if proof.rows:
                 recorder.row(f"{proof.name}, rows", lambda proof=proof: _check_rows(machine, proof))
+        recorder.row("all_reduce_add_rms_norm, ranks of one launch", lambda: _check_ranks(machine))
         recorder.row("linear, shipped tiles", lambda: _check_linear(machine))
         recorder.row("paged_attention, shipped tiles", lambda: _check_attention(machine))
         recorder.row("linear, any number of tokens", lambda: _check_tokens(machine))
@@ -110,6 +113,24 @@ def _check_rows(machine: Machine, proof: Proof) -> Values:
     for one in rows:
         check_rows(one, functools.partial(launched_on, machine.device))
     return {"sets of rows": len(rows), "bitwise": True}
+
+
+def _check_ranks(machine: Machine) -> Values:
+    """All ranks in one launch, in the device's own memory."""
+    proof = proof_of("all_reduce_add_rms_norm")
+    if machine.device.type == "cpu":
+        return {"cases": 1, "largest error": check_case(proof, proof.cases[1]).error}
+    largest = 0.0
+    for case in proof.cases:
+        given = {
+            name: value.to(machine.device) if isinstance(value, Tensor) else value
+            for name, value in case.arguments.items()
+        }
+        exact = {name: value.double() if isinstance(value, Tensor) else value for name, value in given.items()}
+        for result, truth in zip(proof.operation(**given), proof.reference(**exact), strict=True):
+            if truth.numel():
+                largest = max(largest, _error(result, truth))
+    return {"cases": len(proof.cases), "largest error": largest}
 
 
 def _check_linear(machine: Machine) -> Values:

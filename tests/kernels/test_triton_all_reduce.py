@@ -45,7 +45,7 @@ def check(ops: ModuleType) -> None:
     for call in range(3):
         given["x"] = given["x"] + call
         with interpreted(in_turns=True, shuffle=call):
-            memory = memory or memory_of_all(3, 1200, torch.float32)
+            memory = memory or memory_of_all(3, 1200, torch.float32, torch.device("cpu"))
             _, new_residual = all_reduce_add_rms_norm(**given, memory=memory, turn=call % 2, ops=ops)
         assert torch.equal(new_residual, expected(given)), call
 
@@ -71,7 +71,7 @@ def test_a_planted_fault_is_found(right: str, wrong: str, tmp_path: Path) -> Non
 
 def test_calls_are_counted_beyond_the_largest_integer() -> None:
     given = arguments(2, 1, 8, torch.bfloat16)
-    memory = memory_of_all(2, 8, torch.bfloat16)
+    memory = memory_of_all(2, 8, torch.bfloat16, torch.device("cpu"))
     memory.flags.fill_(2**31 - 1)
     with interpreted(in_turns=True):
         _, new_residual = all_reduce_add_rms_norm(**given, memory=memory)
@@ -80,7 +80,7 @@ def test_calls_are_counted_beyond_the_largest_integer() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    given, memory = arguments(2, 3, 8, torch.bfloat16), memory_of_all(2, 16, torch.bfloat16)
+    given, memory = arguments(2, 3, 8, torch.bfloat16), memory_of_all(2, 16, torch.bfloat16, torch.device("cpu"))
     with pytest.raises(ValueError, match="3 × 8 numbers do not fit in symmetric memory for 16"):
         all_reduce_add_rms_norm(**given, memory=memory)
 

@@ -13,17 +13,17 @@ from tests.kernels.proof.inputs import FLOATS, dtype_name, meta, randn
 from tests.kernels.proof.interpreter import interpreted
 
 
-def memory_of_all(num_ranks: int, capacity: int, dtype: torch.dtype) -> SymmetricMemory:
+def memory_of_all(num_ranks: int, capacity: int, dtype: torch.dtype, device: torch.device) -> SymmetricMemory:
     """All ranks' memory, in one."""
-    parts = torch.empty(2, num_ranks, capacity, dtype=dtype)
-    flags = torch.zeros(num_ranks, MAX_PROGRAMS, num_ranks, dtype=torch.int32)
+    parts = torch.empty(2, num_ranks, capacity, dtype=dtype, device=device)
+    flags = torch.zeros(num_ranks, MAX_PROGRAMS, num_ranks, dtype=torch.int32, device=device)
     return SymmetricMemory(
         rank=0,
         num_ranks=num_ranks,
         parts=parts.view(2, -1),
-        part_addresses=torch.tensor([[part.data_ptr() for part in half] for half in parts]),
+        part_addresses=torch.tensor([[part.data_ptr() for part in half] for half in parts], device=device),
         flags=flags.view(-1, num_ranks),
-        flag_addresses=torch.tensor([own.data_ptr() for own in flags]),
+        flag_addresses=torch.tensor([own.data_ptr() for own in flags], device=device),
     )
 
 
@@ -45,7 +45,7 @@ def all_reduce_add_rms_norm(
         residual.repeat(num_ranks, 1),
         weight,
         eps,
-        memory or memory_of_all(num_ranks, -(-num_rows * hidden_size // 8) * 8, x.dtype),
+        memory or memory_of_all(num_ranks, -(-num_rows * hidden_size // 8) * 8, x.dtype, x.device),
         turn,
         weight_offset=weight_offset,
     )
