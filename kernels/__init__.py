@@ -19,6 +19,7 @@ from llmd_kernels.paged_attention import (
     allocate_work,
     paged_attention,
 )
+from llmd_kernels.quantized_linear import Float8Weight, IntWeight, QuantizedWeight, dequantized, pack_int_weight
 from llmd_kernels.rms_norm import rms_norm
 from llmd_kernels.rope_kv_write import rope_kv_write
 from llmd_kernels.route import route
@@ -45,9 +46,12 @@ __all__ = [
     "TOKEN_IDS",
     "AttentionBatch",
     "AttentionWork",
+    "Float8Weight",
     "HostLens",
+    "IntWeight",
     "LayerKind",
     "NewEntries",
+    "QuantizedWeight",
     "RowSampling",
     "SampledTokens",
     "SamplingBatch",
@@ -61,9 +65,11 @@ __all__ = [
     "allocate_tables",
     "allocate_work",
     "append_token_ids",
+    "dequantized",
     "experts",
     "gated_mul",
     "linear",
+    "pack_int_weight",
     "pack_step",
     "pack_weight",
     "packed_size",

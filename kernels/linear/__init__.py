@@ -5,13 +5,16 @@ from torch import Tensor
 
 from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.linear import torch_ops
+from llmd_kernels.quantized_linear import QuantizedWeight, quantized_linear
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, K], weight [N, K] plain or packed, bias [N] or None → [T, N] in x's dtype; any T, also 0.
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [T, K], weight [N, K] plain, packed or quantised, bias [N] or None → [T, N] in x's dtype; any T, also 0.
 
     A row of the result is bitwise the same whatever the other rows are and however many there are.
     """
+    if not isinstance(weight, Tensor):
+        return quantized_linear(x, weight, bias)
     if uses_triton(x, weight) and x.dtype != torch.float32:
         from llmd_kernels.linear import triton_ops
 

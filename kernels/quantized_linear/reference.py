@@ -1,0 +1,26 @@
+"""The truth of `quantized_linear`: every weight from its definition, one sum per output. Any float dtype of x."""
+
+import torch
+from torch import Tensor
+
+from llmd_kernels.quantized_linear.weights import Float8Weight, IntWeight, integers
+
+
+def quantized_linear(x: Tensor, weight: IntWeight | Float8Weight, bias: Tensor | None = None) -> Tensor:
+    """y[t, n] = sum over k of x[t, k] · weight[n, k], plus bias[n]."""
+    if isinstance(weight, IntWeight) and weight.input_order is not None:
+        x = x[:, weight.input_order]
+    y = (x[:, None, :] * numbers(weight, x.dtype)[None, :, :]).sum(dim=-1)
+    return y if bias is None else y + bias
+
+
+def numbers(weight: IntWeight | Float8Weight, dtype: torch.dtype) -> Tensor:
+    """weight[n, k] by its definition [N, K], without rounding in float64; integers in the order of `input_order`."""
+    n = torch.arange(weight.num_outputs)[:, None]
+    k = torch.arange(weight.num_inputs)[None, :]
+    if isinstance(weight, Float8Weight):
+        block_outputs, block_inputs = weight.block
+        return weight.scales[n // block_outputs, k // block_inputs].to(dtype) * weight.values.to(dtype)
+    groups = k // weight.group_size
+    zero = 2 ** (weight.bits - 1) if weight.zeros is None else weight.zeros[groups, n].to(dtype)
+    return weight.scales[groups, n].to(dtype) * (integers(weight).to(dtype) - zero)

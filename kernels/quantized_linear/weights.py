@@ -1,0 +1,160 @@
+"""Quantised weights: what they hold, how integers are packed, and the numbers they stand for. Knows no product."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Bits = Literal[4, 8]
+
+# A tile of packed integers: so many outputs and inputs lie together in memory.
+TILE_OUTPUTS = 64
+TILE_INPUTS = 64
+# Groups of inputs that share a scale are a multiple of this, or all inputs are one group.
+GROUP_MULTIPLE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class IntWeight:
+    """weight[n, k] = scale[n, k // group_size] · (q[n, k] − zero[n, k // group_size]), q of `bits` bits.
+
+    Made by `pack_int_weight`; the README describes the layout of `tiles`.
+    """
+
+    tiles: Tensor  # int4: int32 [output tiles, input tiles, 64, 8]; int8: uint8 [output tiles, input tiles, 64, 64]
+    scales: Tensor  # [num_groups, num_outputs], the dtype they were given in
+    zeros: Tensor | None  # uint8 [num_groups, num_outputs]; None: 2^(bits − 1) everywhere
+    # int64 [num_inputs]: k counts inputs in this order, input k is x[:, input_order[k]]. None: as they come.
+    input_order: Tensor | None
+    bits: Bits
+    group_size: int
+    num_outputs: int
+    num_inputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Float8Weight:
+    """weight[n, k] = scales[n // block[0], k // block[1]] · values[n, k].
+
+    One scale for all: block (N, K); one a row: (1, K); DeepSeek's: (128, 128). Blocks at the end may be cut off.
+    """
+
+    values: Tensor  # float8_e4m3fn [num_outputs, num_inputs]
+    scales: Tensor  # float32 [ceil(num_outputs / block[0]), ceil(num_inputs / block[1])]
+    block: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for scales that do not fit, TypeError for other dtypes."""
+        if self.values.dtype != torch.float8_e4m3fn or self.scales.dtype != torch.float32:
+            raise TypeError(
+                f"a Float8Weight is float8_e4m3fn with float32 scales, not {self.values.dtype} with {self.scales.dtype}"
+            )
+        expected = tuple(-(-size // step) for size, step in zip(self.values.shape, self.block, strict=True))
+        if tuple(self.scales.shape) != expected:
+            raise ValueError(
+                f"{tuple(self.values.shape)} numbers in blocks of {self.block} have {expected} scales,"
+                f" not {tuple(self.scales.shape)}"
+            )
+
+    @property
+    def num_outputs(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.values.shape[1]
+
+
+QuantizedWeight = IntWeight | Float8Weight
+
+
+def pack_int_weight(
+    values: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: Bits, input_order: Tensor | None = None
+) -> IntWeight:
+    """Integers as checkpoints mean them → the layout that kernels read.
+
+    values: uint8 [N, K], one integer each, less than 2^bits. scales: float [N, G], a scale for each K / G inputs.
+    zeros: whole numbers 0 … 255 [N, G], any dtype, or None: 2^(bits − 1). input_order: [K], see IntWeight (GPTQ's
+    "act-order": the inputs sorted by their group). The result lies on the device of `values`.
+    Raises ValueError for groups that are neither a multiple of 32 inputs nor all of them, and for shapes that disagree.
+    """
+    num_outputs, num_inputs = values.shape
+    num_groups = scales.shape[1]
+    group_size = num_inputs // max(num_groups, 1)
+    if group_size * num_groups != num_inputs or (num_groups > 1 and group_size % GROUP_MULTIPLE):
+        raise ValueError(
+            f"{num_inputs} inputs in {num_groups} groups: groups must be of one size, a multiple of {GROUP_MULTIPLE}"
+        )
+    expected = (num_outputs, num_groups)
+    if scales.shape != expected or (zeros is not None and zeros.shape != expected):
+        shapes = [tuple(tensor.shape) for tensor in (scales, zeros) if tensor is not None]
+        raise ValueError(f"scales and zeros must be {expected}, not {shapes}")
+    if input_order is not None and input_order.shape != (num_inputs,):
+        raise ValueError(f"input_order must be {(num_inputs,)}, not {tuple(input_order.shape)}")
+    return IntWeight(
+        tiles=_tiles_of_int4(values) if bits == 4 else _tiles(values),
+        scales=scales.t().contiguous(),
+        zeros=None if zeros is None else zeros.t().to(torch.uint8).contiguous(),
+        input_order=None if input_order is None else input_order.to(torch.int64),
+        bits=bits,
+        group_size=group_size,
+        num_outputs=num_outputs,
+        num_inputs=num_inputs,
+    )
+
+
+def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The numbers that a weight stands for [N, K], rounded to `dtype` once; the inputs are in x's order.
+
+    Integers: the scale is rounded to `dtype` first, as checkpoints of that dtype have it, q − zero is exact.
+    """
+    if isinstance(weight, Float8Weight):
+        return _dequantized_float8(weight, dtype)
+    zeros: Tensor | int = 2 ** (weight.bits - 1)
+    if weight.zeros is not None:
+        zeros = _by_input(weight.zeros.to(torch.int16), weight)
+    rows = (integers(weight).to(torch.int16) - zeros).to(dtype) * _by_input(weight.scales.to(dtype), weight)
+    if weight.input_order is None:
+        return rows
+    return torch.empty_like(rows).index_copy_(1, weight.input_order, rows)
+
+
+def integers(weight: IntWeight) -> Tensor:
+    """The integers that were packed, uint8 [N, K], in the order of `input_order`."""
+    tiles = weight.tiles
+    if weight.bits == 4:
+        packed = tiles.view(torch.uint8).reshape(*tiles.shape[:3], 2, 4, 2, 2)
+        pairs = torch.stack((packed & 15, packed >> 4), dim=-1)
+        # [inputs by 32, by 2, 1, by 16, by 8] → rising
+        tiles = pairs.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(3)
+    return tiles.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs, : weight.num_inputs]
+
+
+def _tiles(values: Tensor) -> Tensor:
+    """[N, K] → [output tiles, input tiles, TILE_OUTPUTS, TILE_INPUTS], filled up with zeros."""
+    num_outputs, num_inputs = values.shape
+    padded = F.pad(values, (0, -num_inputs % TILE_INPUTS, 0, -num_outputs % TILE_OUTPUTS))
+    output_tiles, input_tiles = padded.shape[0] // TILE_OUTPUTS, padded.shape[1] // TILE_INPUTS
+    return padded.view(output_tiles, TILE_OUTPUTS, input_tiles, TILE_INPUTS).transpose(1, 2).contiguous()
+
+
+def _tiles_of_int4(values: Tensor) -> Tensor:
+    """Eight integers a word. Input 32a + 16b + 8c + 2d + e of a tile is in word 4a + d at bit 16e + 8b + 4c."""
+    tiles = _tiles(values)
+    places = tiles.view(*tiles.shape[:3], 2, 2, 2, 4, 2).permute(0, 1, 2, 3, 6, 7, 4, 5)
+    packed = (places[..., 0] | (places[..., 1] << 4)).flatten(3)
+    return packed.contiguous().view(torch.int32)
+
+
+def _by_input(groups: Tensor, weight: IntWeight) -> Tensor:
+    """[num_groups, N] → [N, num_inputs]."""
+    return groups.t().repeat_interleave(weight.group_size, dim=1)
+
+
+def _dequantized_float8(weight: Float8Weight, dtype: torch.dtype) -> Tensor:
+    num_outputs, num_inputs = weight.values.shape
+    scales = weight.scales.repeat_interleave(weight.block[0], dim=0)[:num_outputs]
+    scales = scales.repeat_interleave(weight.block[1], dim=1)[:, :num_inputs]
+    return (weight.values.float() * scales).to(dtype)
