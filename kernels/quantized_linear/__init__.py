@@ -1,7 +1,9 @@
 """y = x · weightᵀ + bias with a weight of 4-bit or 8-bit integers or of float8; x stays as it is."""
 
+import torch
 from torch import Tensor
 
+from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.quantized_linear.weights import (
     Float8Weight,
     IntWeight,
@@ -18,7 +20,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
     The same bits as `linear(x, dequantized(weight, x.dtype), bias)`, so those of a row depend on no other row.
     """
-    # Imported here: it stands on `linear`, which hands quantised weights to this function.
+    # Imported here: they stand on `linear`, which hands quantised weights to this function.
+    if uses_triton(x) and x.dtype != torch.float32:
+        from llmd_kernels.quantized_linear import triton_ops
+
+        return triton_ops.quantized_linear(x, weight, bias)
     from llmd_kernels.quantized_linear import torch_ops
 
     return torch_ops.quantized_linear(x, weight, bias)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llmd_kernels.quantized_linear.weights import Float8Weight, IntWeight, integers
+from llmd_kernels.quantized_linear.weights import Float8Weight, IntWeight, integers, scales_and_zeros
 
 
 def quantized_linear(x: Tensor, weight: IntWeight | Float8Weight, bias: Tensor | None = None) -> Tensor:
@@ -21,6 +21,6 @@ def numbers(weight: IntWeight | Float8Weight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Float8Weight):
         block_outputs, block_inputs = weight.block
         return weight.scales[n // block_outputs, k // block_inputs].to(dtype) * weight.values.to(dtype)
+    scales, zeros = scales_and_zeros(weight)
     groups = k // weight.group_size
-    zero = 2 ** (weight.bits - 1) if weight.zeros is None else weight.zeros[groups, n].to(dtype)
-    return weight.scales[groups, n].to(dtype) * (integers(weight).to(dtype) - zero)
+    return scales[groups, n].to(dtype) * (integers(weight).to(dtype) - zeros[groups, n].to(dtype))

@@ -23,9 +23,10 @@ class IntWeight:
     Made by `pack_int_weight`; the README describes the layout of `tiles`.
     """
 
-    tiles: Tensor  # int4: int32 [output tiles, input tiles, 64, 8]; int8: uint8 [output tiles, input tiles, 64, 64]
-    scales: Tensor  # [num_groups, num_outputs], the dtype they were given in
-    zeros: Tensor | None  # uint8 [num_groups, num_outputs]; None: 2^(bits − 1) everywhere
+    tiles: Tensor  # int32 [output tiles, input tiles, 64, 8 (4 bits) or 16 (8 bits)]
+    # int32 [num_groups, num_outputs, 1 or 2]: scale's bits and zero in one word, in two if the scale is float32.
+    groups: Tensor
+    scale_dtype: torch.dtype
     # int64 [num_inputs]: k counts inputs in this order, input k is x[:, input_order[k]]. None: as they come.
     input_order: Tensor | None
     bits: Bits
@@ -75,10 +76,11 @@ def pack_int_weight(
 ) -> IntWeight:
     """Integers as checkpoints mean them → the layout that kernels read.
 
-    values: uint8 [N, K], one integer each, less than 2^bits. scales: float [N, G], a scale for each K / G inputs.
-    zeros: whole numbers 0 … 255 [N, G], any dtype, or None: 2^(bits − 1). input_order: [K], see IntWeight (GPTQ's
-    "act-order": the inputs sorted by their group). The result lies on the device of `values`.
-    Raises ValueError for groups that are neither a multiple of 32 inputs nor all of them, and for shapes that disagree.
+    values: uint8 [N, K], one integer each, less than 2^bits. scales: float16, bfloat16 or float32 [N, G], one for each
+    K / G inputs. zeros: whole numbers 0 … 2^bits [N, G], any dtype, or None: 2^(bits − 1). input_order: [K], see
+    IntWeight (GPTQ's "act-order": the inputs sorted by their group). The result lies on the device of `values`.
+    Raises ValueError for groups that are neither a multiple of 32 inputs nor all of them, for shapes that disagree and
+    for other zeros; TypeError for other scales.
     """
     num_outputs, num_inputs = values.shape
     num_groups = scales.shape[1]
@@ -93,10 +95,14 @@ def pack_int_weight(
         raise ValueError(f"scales and zeros must be {expected}, not {shapes}")
     if input_order is not None and input_order.shape != (num_inputs,):
         raise ValueError(f"input_order must be {(num_inputs,)}, not {tuple(input_order.shape)}")
+    if zeros is None:
+        zeros = torch.full(expected, 2 ** (bits - 1), device=values.device)
+    elif zeros.numel() and not 0 <= int(zeros.min()) <= int(zeros.max()) <= 2**bits:
+        raise ValueError(f"zeros must lie between 0 and {2**bits}, not between {zeros.min()} and {zeros.max()}")
     return IntWeight(
-        tiles=_tiles_of_int4(values) if bits == 4 else _tiles(values),
-        scales=scales.t().contiguous(),
-        zeros=None if zeros is None else zeros.t().to(torch.uint8).contiguous(),
+        tiles=_packed(values, bits),
+        groups=_group_words(scales.t(), zeros.t().to(torch.int32)),
+        scale_dtype=scales.dtype,
         input_order=None if input_order is None else input_order.to(torch.int64),
         bits=bits,
         group_size=group_size,
@@ -108,14 +114,13 @@ def pack_int_weight(
 def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The numbers that a weight stands for [N, K], rounded to `dtype` once; the inputs are in x's order.
 
-    Integers: the scale is rounded to `dtype` first, as checkpoints of that dtype have it, q − zero is exact.
+    Integers: the scale is rounded to `dtype` first, as checkpoints of that dtype have it; q − zero is exact.
     """
     if isinstance(weight, Float8Weight):
         return _dequantized_float8(weight, dtype)
-    zeros: Tensor | int = 2 ** (weight.bits - 1)
-    if weight.zeros is not None:
-        zeros = _by_input(weight.zeros.to(torch.int16), weight)
-    rows = (integers(weight).to(torch.int16) - zeros).to(dtype) * _by_input(weight.scales.to(dtype), weight)
+    scales, zeros = scales_and_zeros(weight)
+    exact = integers(weight).to(torch.int16) - _by_input(zeros.to(torch.int16), weight)
+    rows = exact.to(dtype) * _by_input(scales.to(dtype), weight)
     if weight.input_order is None:
         return rows
     return torch.empty_like(rows).index_copy_(1, weight.input_order, rows)
@@ -123,29 +128,52 @@ def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def integers(weight: IntWeight) -> Tensor:
     """The integers that were packed, uint8 [N, K], in the order of `input_order`."""
-    tiles = weight.tiles
+    tiles = weight.tiles.view(torch.uint8)
     if weight.bits == 4:
-        packed = tiles.view(torch.uint8).reshape(*tiles.shape[:3], 2, 4, 2, 2)
-        pairs = torch.stack((packed & 15, packed >> 4), dim=-1)
-        # [inputs by 32, by 2, 1, by 16, by 8] → rising
-        tiles = pairs.permute(0, 1, 2, 3, 6, 7, 4, 5).flatten(3)
-    return tiles.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs, : weight.num_inputs]
+        packed = tiles.view(*tiles.shape[:3], 2, 4, 2, 2)
+        places = torch.stack((packed & 15, packed >> 4), dim=-1)
+        values = places.permute(0, 1, 2, 3, 6, 7, 4, 5)
+    else:
+        values = tiles.view(*tiles.shape[:3], 4, 4, 2, 2).transpose(4, 5)
+    rows = values.flatten(3).transpose(1, 2).flatten(2).flatten(0, 1)
+    return rows[: weight.num_outputs, : weight.num_inputs]
 
 
-def _tiles(values: Tensor) -> Tensor:
-    """[N, K] → [output tiles, input tiles, TILE_OUTPUTS, TILE_INPUTS], filled up with zeros."""
+def scales_and_zeros(weight: IntWeight) -> tuple[Tensor, Tensor]:
+    """(scales in `scale_dtype`, zeros int32), [num_groups, num_outputs] each."""
+    if weight.scale_dtype == torch.float32:
+        return weight.groups[..., 0].view(torch.float32), weight.groups[..., 1]
+    halves = weight.groups.view(torch.int16)
+    return halves[..., 0].contiguous().view(weight.scale_dtype), halves[..., 1].to(torch.int32)
+
+
+def _packed(values: Tensor, bits: Bits) -> Tensor:
+    """[N, K] → int32 [output tiles, input tiles, TILE_OUTPUTS, words], filled up with zeros.
+
+    4 bits: input 32a + 16b + 8c + 2d + e of a tile is in word 4a + d at bit 16e + 8b + 4c.
+    8 bits: input 16a + 8b + 2c + d is in word 4a + c at byte 2b + d.
+    """
     num_outputs, num_inputs = values.shape
     padded = F.pad(values, (0, -num_inputs % TILE_INPUTS, 0, -num_outputs % TILE_OUTPUTS))
     output_tiles, input_tiles = padded.shape[0] // TILE_OUTPUTS, padded.shape[1] // TILE_INPUTS
-    return padded.view(output_tiles, TILE_OUTPUTS, input_tiles, TILE_INPUTS).transpose(1, 2).contiguous()
+    tiles = padded.view(output_tiles, TILE_OUTPUTS, input_tiles, TILE_INPUTS).transpose(1, 2)
+    if bits == 4:
+        places = tiles.unflatten(3, (2, 2, 2, 4, 2)).permute(0, 1, 2, 3, 6, 7, 4, 5)  # type: ignore[no-untyped-call]
+        packed = places[..., 0] | (places[..., 1] << 4)
+    else:
+        packed = tiles.unflatten(3, (4, 2, 4, 2)).transpose(4, 5)  # type: ignore[no-untyped-call]
+    words: Tensor = packed.flatten(3).contiguous().view(torch.int32)
+    return words
 
 
-def _tiles_of_int4(values: Tensor) -> Tensor:
-    """Eight integers a word. Input 32a + 16b + 8c + 2d + e of a tile is in word 4a + d at bit 16e + 8b + 4c."""
-    tiles = _tiles(values)
-    places = tiles.view(*tiles.shape[:3], 2, 2, 2, 4, 2).permute(0, 1, 2, 3, 6, 7, 4, 5)
-    packed = (places[..., 0] | (places[..., 1] << 4)).flatten(3)
-    return packed.contiguous().view(torch.int32)
+def _group_words(scales: Tensor, zeros: Tensor) -> Tensor:
+    """[num_groups, N] each → [num_groups, N, words]."""
+    if scales.dtype == torch.float32:
+        return torch.stack((scales.contiguous().view(torch.int32), zeros), dim=-1)
+    if scales.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"scales must be float16, bfloat16 or float32, not {scales.dtype}")
+    halves = torch.stack((scales.contiguous().view(torch.int16), zeros.to(torch.int16)), dim=-1)
+    return halves.view(torch.int32)
 
 
 def _by_input(groups: Tensor, weight: IntWeight) -> Tensor:
