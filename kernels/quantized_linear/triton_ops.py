@@ -1,7 +1,7 @@
 """`quantized_linear` in Triton: `linear`'s kernel, whose weights become 16-bit numbers in registers.
 
-Each block of 64 inputs is unpacked, rounded to x's dtype and multiplied as `linear` does it, in the same blocks and spans:
-a result has the bits that `linear` gives for the dequantised weight. So many tokens may dequantise it once instead.
+Each block of 64 inputs is unpacked, rounded to x's dtype and multiplied as `linear` does it, in the same spans: a
+result has the bits that `linear` gives for the dequantised weight. So many tokens may dequantise it once instead.
 """
 
 from typing import Any
@@ -35,6 +35,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     if num_tokens == 0:
         return y
     outputs, tokens, num_warps, num_stages = tile(num_tokens)
+    operands = _operands(weight)
     span = plain.span_of(num_outputs, num_inputs)
     num_spans = triton.cdiv(num_inputs, span)
     splits = num_spans > 1 and num_tokens <= plain.MAX_SPLIT_TOKENS
@@ -49,10 +50,10 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         num_tokens,
         num_outputs,
         x.stride(0),
-        **_operands(weight),
+        **operands,
         K=num_inputs,
         SPAN=span,
-        STEP=2 * BLOCK_K if num_inputs % (2 * BLOCK_K) == span % (2 * BLOCK_K) == 0 else BLOCK_K,
+        STEP=_step(num_inputs, span, operands["SCALE_INPUTS"]),
         SPLITS=splits,
         OUTPUTS=outputs,
         TOKENS=tokens,
@@ -83,11 +84,19 @@ def numbers(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 def tile(num_tokens: int) -> tuple[int, int, int, int]:
     """(outputs and tokens of a program, warps, stages of its pipeline). No bit depends on them."""
-    outputs, tokens, num_warps, num_stages = plain.tile(num_tokens)
     target = current_target()
-    # AMD's pipeline fails on weights that are computed with before they are multiplied if it is deeper.
-    most = 2 if target is not None and target.backend == "hip" else 4
-    return outputs, tokens, num_warps, min(num_stages, most)
+    if target is not None and target.backend == "hip":
+        # Deeper pipelines do not compile where weights are computed with before they are multiplied; more tokens spill.
+        outputs, tokens, num_warps, _ = plain.tile(min(num_tokens, 64))
+        return outputs, tokens, num_warps, 2
+    outputs, tokens, num_warps, num_stages = plain.tile(num_tokens)
+    return outputs, tokens, num_warps, min(num_stages, 4)
+
+
+def _step(num_inputs: int, span: int, scale_inputs: int) -> int:
+    """Inputs of one turn of the kernel's loop: two blocks where they divide spans and do not need four scales a row."""
+    two = 2 * BLOCK_K
+    return two if num_inputs % two == span % two == 0 and scale_inputs % BLOCK_K == 0 else BLOCK_K
 
 
 def _has_kernel(weight: QuantizedWeight) -> bool:
@@ -225,10 +234,7 @@ def span_sum(
                 )
             left = unpacked(weight_rows, start, scale, zero, dtype, KIND, K, BLOCK)
             k = (start + tl.arange(0, BLOCK))[:, None]
-            if K % BLOCK == 0:
-                right = tl.load(x_rows + k)
-            else:
-                right = tl.load(x_rows + k, mask=k < K, other=0.0)
+            right = tl.load(x_rows + k) if K % BLOCK == 0 else tl.load(x_rows + k, mask=k < K, other=0.0)
             total = tl.dot(left, right, total)
     return total
 
@@ -269,12 +275,7 @@ def dequantize_kernel(
 @triton.jit
 def rows_of(weights, rows, weight_stride, KIND: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     """Where the words of each row's first block are [OUTPUTS, words]."""
-    if KIND == "int4":
-        words: tl.constexpr = BLOCK // 8
-    elif KIND == "int8":
-        words: tl.constexpr = BLOCK // 4
-    else:
-        words: tl.constexpr = BLOCK // 2
+    words: tl.constexpr = BLOCK // (8 if KIND == "int4" else 4 if KIND == "int8" else 2)
     if KIND == "int4" or KIND == "int8":
         # Tiles of BLOCK outputs and BLOCK inputs lie one after another, those of the same outputs first.
         row_tiles = (rows // BLOCK).to(tl.int64) * tl.cdiv(K, BLOCK)
@@ -296,8 +297,10 @@ def scales_of(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(scale, zero) of the block that begins at input `start`: [OUTPUTS, 1] or [OUTPUTS, BLOCK], as `unpacked` wants."""
-    if SCALE_INPUTS % BLOCK == 0 or SCALE_INPUTS >= K:
+    """(scale, zero) of the block that begins at input `start`, as `unpacked` wants them: [OUTPUTS, 1 or BLOCK]."""
+    if SCALE_INPUTS >= K:
+        places = scale_rows
+    elif SCALE_INPUTS % BLOCK == 0:
         places = scale_rows + start // SCALE_INPUTS * group_stride
     else:
         # Groups are multiples of 32: each half of the block lies in one.
@@ -306,7 +309,7 @@ def scales_of(
     if KIND == "float8" or KIND == "float8_bits":
         scale = tl.load(places)
         zero = scale
-    elif SCALE_DTYPE == tl.float32:
+    elif tl.float32 == SCALE_DTYPE:
         scale = tl.load(places).to(tl.float32, bitcast=True)
         zero = tl.load(places + 1)
     else:
@@ -323,10 +326,11 @@ def scales_of(
 @triton.jit
 def by_input(x, BLOCK: tl.constexpr):
     """[OUTPUTS] → [OUTPUTS, 1]; [OUTPUTS, 2], a number for each half of a block → [OUTPUTS, BLOCK]."""
-    if len(x.shape) == 1:
-        return x[:, None]
+    if len(x.shape) == 2:
+        x = tl.broadcast_to(x[:, :, None], (x.shape[0], 2, BLOCK // 2)).reshape(x.shape[0], BLOCK)
     else:
-        return tl.broadcast_to(x[:, :, None], (x.shape[0], 2, BLOCK // 2)).reshape(x.shape[0], BLOCK)
+        x = x[:, None]
+    return x
 
 
 @triton.jit
@@ -344,13 +348,13 @@ def unpacked(
         )
         numbers = tl.join(shifted(halves, dtype), shifted(halves >> 16, dtype))
         numbers = numbers.reshape(OUTPUTS, 2, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(OUTPUTS, BLOCK)
-        return (numbers - zero) * scale
+        block = (numbers - zero) * scale
     elif KIND == "int8":
         words = tl.load(weight_rows + (start // BLOCK) * (BLOCK * BLOCK // 4))
         # [outputs, 4a + c, d, b]
         values = tl.join(tl.join(words & 255, (words >> 8) & 255), tl.join((words >> 16) & 255, (words >> 24) & 255))
         values = values.reshape(OUTPUTS, 4, 4, 2, 2).permute(0, 1, 4, 2, 3).reshape(OUTPUTS, BLOCK)
-        return ((values.to(tl.float32) - zero) * scale).to(dtype)
+        block = ((values.to(tl.float32) - zero) * scale).to(dtype)
     else:
         places = weight_rows + start // 2
         if K % BLOCK == 0:
@@ -358,7 +362,8 @@ def unpacked(
         else:
             pairs = tl.load(places, mask=(start // 2 + tl.arange(0, BLOCK // 2))[None, :] < K // 2, other=0)
         bytes = tl.join(pairs & 255, (pairs >> 8) & 255).reshape(OUTPUTS, BLOCK)
-        return (widened(bytes, KIND) * scale).to(dtype)
+        block = (widened(bytes, KIND) * scale).to(dtype)
+    return block
 
 
 @triton.jit
@@ -375,8 +380,9 @@ def shifted(small, dtype: tl.constexpr):
 def widened(bytes, KIND: tl.constexpr):
     """float8_e4m3fn numbers as integers → float32, exactly."""
     if KIND == "float8":
-        return bytes.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        wide = bytes.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
         # The exponent's bias is 7 and float16's is 15; all ones are no number.
         halves = ((bytes & 128) << 8 | (bytes & 127) << 7).to(tl.int16).to(tl.float16, bitcast=True)
-        return tl.where((bytes & 127) == 127, float("nan"), halves.to(tl.float32) * 256.0)
+        wide = tl.where((bytes & 127) == 127, float("nan"), halves.to(tl.float32) * 256.0)
+    return wide

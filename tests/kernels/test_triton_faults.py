@@ -94,6 +94,24 @@ FAULTS: dict[str, list[Fault]] = {
         ("weights forgotten", "tl.where(place >= 0, weight, 0.0)", "1.0"),
         ("a choice forgotten", "tl.static_range(NUM_CHOSEN)", "tl.static_range(NUM_CHOSEN // 2)"),
         ("the last tile of outputs", "tl.minimum(outputs, num_outputs - 1)", "outputs"),
+    "quantized_linear": [
+        ("zeros forgotten", "(numbers - zero) * scale", "numbers * scale"),
+        ("nibbles exchanged", "(words >> 8) & 0x000F000F", "(words >> 4) & 0x000F000F"),
+        ("bytes exchanged", "(words >> 16) & 255", "(words >> 8) & 255"),
+        ("sign of float8 forgotten", "(bytes & 128) << 8 |", ""),
+        ("wrong bias of float8's exponent", "* 256.0", "* 128.0"),
+        ("second block of a turn forgotten", "tl.static_range(0, STEP, BLOCK)", "tl.static_range(0, BLOCK, BLOCK)"),
+        ("one scale a turn for small groups", "SCALE_INPUTS % STEP != 0", "SCALE_INPUTS == 0"),
+        ("one scale for both halves of a block", "tl.arange(0, 2) * (BLOCK // 2)", "tl.arange(0, 2) * 0"),
+        ("groups beyond the end", "(K - 1) // SCALE_INPUTS", "(K - 1) // SCALE_INPUTS + 1"),
+        ("a scale for each row of a block", "rows // SCALE_OUTPUTS * scale_stride", "rows * scale_stride"),
+        ("order of the inputs forgotten", "x = x.index_select(1, weight.input_order)", "pass"),
+        ("weights beyond the end", "rows = tl.minimum(outputs, num_outputs - 1)", "rows = outputs"),
+        ("wrong tile of outputs", "(rows // BLOCK).to(tl.int64) *", "(rows // BLOCK).to(tl.int64) * 0 *"),
+        ("K not masked", "tl.load(x_rows + k) if K % BLOCK == 0", "tl.load(x_rows + k) if K > 0"),
+        ("all spans to one place", "y += tl.program_id(1)", "y += 0 * tl.program_id(1)"),
+        ("bias for every span", "None if splits else bias", "bias"),
+        ("dequantised rows cut off", "(outputs < num_outputs)[:, None] & (k < K)", "(outputs < num_outputs - 1)[:, None] & (k < K)"),  # noqa: E501
     ],
 }  # fmt: skip
 
