@@ -14,6 +14,7 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (None,),
     "bias": (None, False),
     "clip_qkv": (None,),
+    "compression_config": (None,),
     "decoder_sparse_step": (None, 1),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None,),
@@ -115,6 +116,10 @@ class ConfigFields:
         if value is None or isinstance(value, bool):
             return bool(value)
         raise self.unsupported(f"`{name}` in config.json must be true or false, not {value!r}")
+
+    def changed(self, changes: Mapping[str, Any]) -> "ConfigFields":
+        """The same fields with some of other values."""
+        return ConfigFields(self.architecture, changes, self._values)
 
     def refuse_ignored(self) -> None:
         """Raise UnsupportedModel if a field that changes the numbers was not read and is not neutral."""

@@ -10,6 +10,8 @@ from llmd.errors import UnsupportedModel
 from llmd.model.config_fields import ConfigFields
 from llmd.model.family import Family, Presence
 from llmd.model.moe_spec import MoeSpec, parse_moe
+from llmd.model.quantization import QuantizationSpec
+from llmd.model.quantization_config import parse_quantization
 from llmd.model.registry import FAMILIES
 from llmd.model.rope_spec import DynamicNtkScaling, LayerType, RopeSpec, YarnScaling, parse_rope
 
@@ -82,6 +84,7 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: StoredDtype  # that the config declares
+    quantization: QuantizationSpec | None = None  # of the checkpoint's weights
 
 
 def load_spec(model_dir: Path) -> ModelSpec:
@@ -154,6 +157,7 @@ def parse_spec(config: Mapping[str, Any]) -> ModelSpec:
         bos_token_id=fields.optional_integer("bos_token_id"),
         eos_token_ids=_eos_token_ids(fields),
         dtype=_dtype(fields),
+        quantization=_quantization(fields, family),
     )
     fields.refuse_ignored()
     return spec
@@ -305,6 +309,13 @@ def _multiplier(fields: ConfigFields, family: Family, name: str) -> float:
         return 1.0
     multiplier = fields.optional_number(name)
     return 1.0 if multiplier is None else multiplier
+
+
+def _quantization(fields: ConfigFields, family: Family) -> QuantizationSpec | None:
+    """Of linear layers. MXFP4 is of stacked experts alone: `parse_moe` has it, and refuses anything else there."""
+    if family.moe is not None and family.moe.may_be_mxfp4:
+        return None
+    return parse_quantization(fields, head=family.names.head, prefixes=family.prefixes)
 
 
 def _eos_token_ids(fields: ConfigFields) -> tuple[int, ...]:
