@@ -13,6 +13,7 @@ from llmd.fetch.source import find_ready
 from llmd.machine import available_main_memory, num_free_cores
 from llmd.model.ledger import plan_memory
 from llmd.model.memory import num_parameters
+from llmd.model.quantized_layouts import has_quantized_kernels
 from llmd.model.spec import ModelSpec, parse_spec
 from llmd.text.chat_template import ChatTemplate
 from llmd.text.tokenizer import Tokenizer
@@ -37,12 +38,12 @@ def report(config: Config, model_dir: Path, spec: ModelSpec) -> list[tuple[str, 
         ("family", spec.architecture),
         ("parameters", f"{num_parameters(spec):,}"),
         ("layers", _layers(spec)),
+        *_quantization_rows(config, spec),
     ]
     if config.model.device == "cuda":
         rows.append(("memory", "is worked out when the GPU's memory is known, at the start"))
     else:
-        # on a CPU auto is float32
-        dtype_bytes = _DTYPE_BYTES.get(config.model.dtype, _DTYPE_BYTES["float32"])
+        dtype_bytes = _dtype_bytes(config)
         ledger = plan_memory(
             spec,
             dtype_bytes=dtype_bytes,
@@ -61,6 +62,21 @@ def report(config: Config, model_dir: Path, spec: ModelSpec) -> list[tuple[str, 
     rows.append(("batch", f"{scheduler.max_num_seqs} sequences, {scheduler.max_num_batched_tokens} tokens a step"))
     rows += _text_rows(config, model_dir)
     return rows
+
+
+def _dtype_bytes(config: Config) -> int:
+    """Of weights and activations. As the worker chooses, "auto" is float32 on a CPU and bfloat16 on a GPU."""
+    auto = "bfloat16" if config.model.device == "cuda" else "float32"
+    return _DTYPE_BYTES[auto if config.model.dtype == "auto" else config.model.dtype]
+
+
+def _quantization_rows(config: Config, spec: ModelSpec) -> list[tuple[str, str]]:
+    if spec.quantization is None:
+        return []
+    schemes = "; ".join(scheme.describe() for scheme in spec.quantization.schemes())
+    kept = has_quantized_kernels(on_cpu=config.model.device != "cuda", dtype_bytes=_dtype_bytes(config))
+    fate = "products read the weights as they are" if kept else "weights are dequantised at load"
+    return [("quantised", f"{schemes} ({spec.quantization.method})"), ("", f"{fate}; activations are not quantised")]
 
 
 def _layers(spec: ModelSpec) -> str:

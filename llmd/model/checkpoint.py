@@ -9,12 +9,21 @@ from torch import Tensor
 
 from llmd.errors import StartupFailed, UnsupportedModel
 from llmd.model.decoder import Decoder
-from llmd.model.dummy import dummy_parameters
+from llmd.model.dummy import dummy_parameters, dummy_quantized
 from llmd.model.mxfp4 import copy_mxfp4
 from llmd.model.parallel import MXFP4_BLOCK, ExpertView, Parameter, Piece, Rank, Shard
 from llmd.model.parameters import parameters
+from llmd.model.quantization import QuantizationSpec
+from llmd.model.quantized_checkpoint import (
+    check_extra_biases,
+    check_quantized,
+    copy_dequantized,
+    load_quantized,
+    unread_tensors,
+)
+from llmd.model.quantized_layouts import has_quantized_kernels, kept_bytes, kept_parameters, piece_scheme
 from llmd.model.registry import FAMILIES
-from llmd.model.safetensors_folder import FLOAT_DTYPES, StoredTensor, map_file, read_headers, tensor_view
+from llmd.model.safetensors_folder import FLOAT_DTYPES, StoredTensor, open_tensors, read_headers
 from llmd.model.spec import load_spec
 
 # Tensors that old checkpoints carry although they are computed
@@ -53,31 +62,65 @@ def load_decoder(
             f"The model cannot serve a context of {max_model_len} tokens: it has {spec.max_stretched_positions} "
             "positions. Choose a smaller --max-model-len"
         )
-    wanted = parameters(spec)
+    wanted, rank = parameters(spec), Rank()
+    has_kernels = has_quantized_kernels(on_cpu=device.type == "cpu", dtype_bytes=dtype.itemsize)
+    kept = kept_parameters(wanted, spec.quantization) if has_kernels else {}
+    plain = [parameter for parameter in wanted if parameter.name not in kept]
     if dummy:
+        quantized = dummy_quantized(kept.values(), dtype=dtype, device=device, rank=rank)
         offset = spec.norm_weight_offset
         weights = dummy_parameters(
-            wanted, norm_weight_offset=offset, dtype=dtype, device=device, rank=Rank(), progress=progress
+            plain, norm_weight_offset=offset, dtype=dtype, device=device, rank=rank, progress=progress
         )
-        return Decoder(spec, weights, max_model_len=max_model_len)
+        return Decoder(spec, weights, quantized, max_model_len=max_model_len)
     family = FAMILIES[spec.architecture]
     ignored_prefixes = tuple(prefix.format(num_layers=len(spec.layers)) for prefix in family.ignored_prefixes)
     stored = read_headers(model_dir, prefixes=family.prefixes, ignored_prefixes=ignored_prefixes)
     harmless = frozenset({f"{family.names.head}.weight"}) if spec.tied_embeddings else frozenset[str]()
-    check_tensors(stored, wanted, harmless=harmless)
-    weights = load_parameters(stored, wanted, dtype=dtype, device=device, rank=Rank(), progress=progress)
-    return Decoder(spec, weights, max_model_len=max_model_len)
+    check_tensors(stored, wanted, harmless=harmless, quantization=spec.quantization)
+    tensors = open_tensors(stored)
+    check_extra_biases(tensors, wanted, spec.quantization)
+    weights = load_parameters(
+        stored,
+        plain,
+        dtype=dtype,
+        device=device,
+        rank=rank,
+        progress=progress,
+        quantization=spec.quantization,
+        bytes_to_follow=sum(kept_bytes(*pair, rank, dtype_bytes=dtype.itemsize) for pair in kept.values()),
+    )
+    quantized = load_quantized(
+        kept.values(),
+        dtype=dtype,
+        device=device,
+        rank=rank,
+        tensors=tensors,
+        progress=progress,
+        bytes_before=sum(weight.nbytes for weight in weights.values()),
+    )
+    return Decoder(spec, weights, quantized, max_model_len=max_model_len)
 
 
 def check_tensors(
-    stored: Mapping[str, StoredTensor], parameters: Iterable[Parameter], *, harmless: frozenset[str] = frozenset()
+    stored: Mapping[str, StoredTensor],
+    parameters: Iterable[Parameter],
+    *,
+    harmless: frozenset[str] = frozenset(),
+    quantization: QuantizationSpec | None = None,
 ) -> None:
     """Raise UnsupportedModel, naming the tensor, unless the checkpoint has just what the parameters need.
 
-    harmless: names that may be there without being needed.
+    harmless: names that may be there without being needed. quantization: how linear layers are kept.
     """
+    wanted = list(parameters)
+    harmless |= unread_tensors(stored, wanted, quantization)
     needed: set[str] = set()
-    for piece in (piece for parameter in parameters for piece in parameter.pieces):
+    for parameter, piece in ((owner, piece) for owner in wanted for piece in owner.pieces):
+        scheme = piece_scheme(parameter, piece, quantization)
+        if scheme is not None:
+            needed |= check_quantized(stored, piece, scheme)
+            continue
         for name, shape in piece.tensors.items():
             # the experts of one tensor ask for it again and again
             if name not in needed:
@@ -113,15 +156,18 @@ def load_parameters(
     device: torch.device,
     rank: Rank,
     progress: Progress,
+    quantization: QuantizationSpec | None = None,
+    bytes_to_follow: int = 0,
 ) -> dict[str, Tensor]:
     """This rank's part of each parameter, by name; checked by `check_tensors` before.
 
-    Every byte goes from the mapped file to its final place, converted on the way. `progress` hears (bytes of weights
-    in place, bytes in all), with growing first number, (0, all) and (all, all) included.
+    Every byte goes from the mapped file to its final place, converted on the way; quantised ones are dequantised.
+    `progress` hears (bytes of weights in place, bytes in all with `bytes_to_follow`), with growing first number,
+    (0, all) and (all, all) included.
     """
     parameters = list(parameters)
-    total = sum(parameter.num_bytes(rank, dtype.itemsize) for parameter in parameters)
-    files = {file: map_file(file) for file in {tensor.file for tensor in stored.values()}}
+    total = bytes_to_follow + sum(parameter.num_bytes(rank, dtype.itemsize) for parameter in parameters)
+    tensors = open_tensors(stored)
     done = 0
     progress(done, total)
     weights: dict[str, Tensor] = {}
@@ -131,8 +177,11 @@ def load_parameters(
         rows = weight if parameter.num_experts is None else weight.flatten(0, 1)
         row = 0
         for piece in parameter.pieces:
-            tensors = [stored[name] for name in piece.tensors]
-            row += _copy_piece(rows[row:], piece, [tensor_view(files[t.file], t) for t in tensors], rank)
+            scheme = piece_scheme(parameter, piece, quantization)
+            if scheme is not None:
+                row += copy_dequantized(rows[row:], piece, scheme, tensors=tensors, rank=rank)
+                continue
+            row += _copy_piece(rows[row:], piece, [tensors[name] for name in piece.tensors], rank)
         weights[parameter.name] = weight
         done += weight.nbytes
         progress(done, total)

@@ -1,6 +1,8 @@
 """The network: one decoder for every family, described by its ModelSpec. Knows nothing of requests and files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from llmd.model.moe import Moe
 from llmd.model.moe_spec import MoeSpec
 from llmd.model.rope import cos_sin_table
 from llmd.model.spec import LatentSpec, ModelSpec
-from llmd_kernels import pack_weight
+from llmd_kernels import QuantizedWeight, pack_weight
 
 # the reference gives the latents' norms this one, whatever config.json says of the others
 LATENT_NORM_EPS = 1e-6
@@ -53,11 +55,18 @@ class Decoder:
 
     weights: one tensor for each of `parameters(spec)`, by its name, on one device, of the model's dtype or of float32
     where the parameter says so. They are taken out of the dictionary one by one, so that each is free again once it is
-    packed for its product.
+    packed for its product. quantized: those that stay quantised instead.
     max_model_len: the longest context that will be served; positions beyond it have no rotary embedding.
     """
 
-    def __init__(self, spec: ModelSpec, weights: dict[str, Tensor], *, max_model_len: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: dict[str, Tensor],
+        quantized: Mapping[str, QuantizedWeight] = MappingProxyType({}),
+        *,
+        max_model_len: int,
+    ) -> None:
         self.spec = spec
         self.max_model_len = max_model_len
         self._embedding = weights.pop("embedding")
@@ -65,11 +74,12 @@ class Decoder:
         device = self._embedding.device
         tables = {rope: cos_sin_table(rope, max_model_len=max_model_len, device=device) for rope in ropes}
         self._layers = [
-            _layer(spec, index, weights, cos_sin=None if layer.rope is None else tables[layer.rope])
+            _layer(spec, index, weights, quantized, cos_sin=None if layer.rope is None else tables[layer.rope])
             for index, layer in enumerate(spec.layers)
         ]
         self._norm = RmsNorm(weights.pop("norm"), spec.norm_eps, spec.norm_weight_offset)
-        self._head = Linear(pack_weight(self._embedding if spec.tied_embeddings else weights.pop("head")), None)
+        head = pack_weight(self._embedding) if spec.tied_embeddings else _matrix("head", weights, quantized)
+        self._head = Linear(head, None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,6 +118,7 @@ class LayerWeights:
 
     prefix: str
     weights: dict[str, Tensor]
+    quantized: Mapping[str, QuantizedWeight]
     spec: ModelSpec
 
     def part(self, name: str) -> "LayerWeights":
@@ -120,7 +131,8 @@ class LayerWeights:
         return self.weights.pop(self.prefix + name)
 
     def linear(self, name: str) -> Linear:
-        return Linear(pack_weight(self.tensor(f"{name}.weight")), self.optional(f"{name}.bias"))
+        weight = _matrix(f"{self.prefix}{name}.weight", self.weights, self.quantized)
+        return Linear(weight, self.optional(f"{name}.bias"))
 
     def optional_norm(self, name: str) -> RmsNorm | None:
         weight = self.optional(name)
@@ -130,9 +142,16 @@ class LayerWeights:
         return GatedMlp(gate_up=self.linear("gate_up"), down=self.linear("down"), activation=self.spec.activation)
 
 
-def _layer(spec: ModelSpec, index: int, weights: dict[str, Tensor], *, cos_sin: Tensor | None) -> DecoderLayer:
+def _layer(
+    spec: ModelSpec,
+    index: int,
+    weights: dict[str, Tensor],
+    quantized: Mapping[str, QuantizedWeight],
+    *,
+    cos_sin: Tensor | None,
+) -> DecoderLayer:
     """The layer's parts around its weights."""
-    here = LayerWeights(f"layers.{index}.", weights, spec)
+    here = LayerWeights(f"layers.{index}.", weights, quantized, spec)
     moe = spec.layers[index].moe
     return DecoderLayer(
         attention_norm=here.optional_norm("attention_norm"),
@@ -201,3 +220,10 @@ def _moe(moe: MoeSpec, here: LayerWeights) -> Moe:
         shared=here.part("shared").mlp() if moe.shared_size else None,
         shared_gate=here.linear("shared_gate") if moe.shared_gate else None,
     )
+
+
+def _matrix(
+    name: str, weights: dict[str, Tensor], quantized: Mapping[str, QuantizedWeight]
+) -> Tensor | QuantizedWeight:
+    """A weight as its product reads it."""
+    return quantized[name] if name in quantized else pack_weight(weights.pop(name))

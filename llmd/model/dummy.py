@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from llmd.model.parallel import Parameter, Rank
+from llmd.model.quantization import WeightScheme
+from llmd.model.quantized_layouts import float8_block
+from llmd_kernels import Float8Weight, QuantizedWeight, pack_int_weight
 
 _SEED = 0
 _BIAS_DEVIATION = 0.02
@@ -43,4 +46,30 @@ def dummy_parameters(
         weights[parameter.name] = weight
         done += weight.nbytes
         progress(done, total)
+    return weights
+
+
+def dummy_quantized(
+    kept: Iterable[tuple[Parameter, WeightScheme]], *, dtype: torch.dtype, device: torch.device, rank: Rank
+) -> dict[str, QuantizedWeight]:
+    """The same of what stays quantised; every integer and float8 between the bounds is as likely as another."""
+    generator = torch.Generator(device).manual_seed(_SEED)
+    weights: dict[str, QuantizedWeight] = {}
+    for parameter, scheme in kept:
+        num_outputs, num_inputs = parameter.shape(rank)
+        deviation = num_inputs**-0.5
+        if scheme.layout == "float8":
+            block = float8_block(parameter, scheme, rank)
+            values = torch.empty(num_outputs, num_inputs, device=device).uniform_(-1, 1, generator=generator)
+            num_scales = [-(-size // step) for size, step in zip((num_outputs, num_inputs), block, strict=True)]
+            scales = torch.full(num_scales, 3**0.5 * deviation, device=device)
+            weights[parameter.name] = Float8Weight(values.to(torch.float8_e4m3fn), scales, block)
+            continue
+        integers = torch.empty(num_outputs, num_inputs, dtype=torch.uint8, device=device)
+        integers.random_(2**scheme.bits, generator=generator)
+        num_groups = num_inputs // (scheme.block[1] or num_inputs)
+        scale = 12**0.5 / 2**scheme.bits * deviation
+        scales = torch.full((num_outputs, num_groups), scale, dtype=dtype, device=device)
+        order = torch.randperm(num_inputs, generator=generator, device=device) if scheme.shuffled else None
+        weights[parameter.name] = pack_int_weight(integers, scales, None, bits=scheme.bits, input_order=order)
     return weights

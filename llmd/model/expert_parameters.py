@@ -13,9 +13,12 @@ from llmd.model.parallel import ExpertView, Parameter, Piece, Shard, split, whol
 
 
 def expert_parameters(
-    moe: MoeSpec, names: TensorNames, here: str, there: str, *, hidden_size: int
+    moe: MoeSpec, names: TensorNames, here: str, there: str, *, hidden_size: int, longest_group: int
 ) -> Iterator[Parameter]:
-    """Of the layer whose parts are called `here`.… in the decoder and `there`.… in the checkpoint."""
+    """Of the layer whose parts are called `here`.… in the decoder and `there`.… in the checkpoint.
+
+    longest_group: of inputs of quantised weights that share a scale.
+    """
     router = whole(f"{there}.{names.router}.weight", moe.num_experts, hidden_size)
     yield Parameter(f"{here}.router.weight", (router,), in_float32=moe.router_in_float32)
     if moe.router_bias:
@@ -25,7 +28,7 @@ def expert_parameters(
         choice_bias = whole(f"{there}.{names.choice_bias}", moe.num_experts)
         yield Parameter(f"{here}.choice_bias", (choice_bias,), in_float32=True)
     if "{expert}" in names.expert_down:
-        yield from _separate_experts(moe, names, here, there, hidden_size)
+        yield from _separate_experts(moe, names, here, there, hidden_size, longest_group)
     else:
         yield from _stacked_experts(moe, names, here, there, hidden_size)
     if moe.shared_size:
@@ -35,15 +38,17 @@ def expert_parameters(
             down=f"{there}.{names.shared_down}",
             hidden_size=hidden_size,
             size=moe.shared_size,
-            unit=mlp_unit(moe.shared_size),
+            unit=mlp_unit(moe.shared_size, longest_group),
         )
     if moe.shared_gate:
         yield Parameter(f"{here}.shared_gate.weight", (whole(f"{there}.{names.shared_gate}.weight", 1, hidden_size),))
 
 
-def _separate_experts(moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int) -> Iterator[Parameter]:
+def _separate_experts(
+    moe: MoeSpec, names: TensorNames, here: str, there: str, hidden_size: int, longest_group: int
+) -> Iterator[Parameter]:
     """From one tensor for each matrix of each expert."""
-    size, unit = moe.expert_size, mlp_unit(moe.expert_size)
+    size, unit = moe.expert_size, mlp_unit(moe.expert_size, longest_group)
 
     def matrix(name: str, expert: int) -> str:
         return f"{there}.{name.format(expert=expert)}.weight"
@@ -85,7 +90,7 @@ def _stack(
     is_matrix = len(shape) == 2
     transposed = is_matrix and not moe.mxfp4
     stored = (num_alternating * shape[0], *shape[1:])
-    unit = mlp_unit(moe.expert_size)
+    unit = mlp_unit(moe.expert_size, longest_group=1)
     return tuple(
         Piece(
             tensor=tensor,

@@ -1,7 +1,7 @@
 """The tensors of a gated MLP, and how they are cut over ranks. Pure: shapes only."""
 
 from collections.abc import Iterator
-from math import gcd
+from math import gcd, lcm
 
 from llmd.model.parallel import Parameter, Piece, Shard, split, whole
 
@@ -9,9 +9,12 @@ from llmd.model.parallel import Parameter, Piece, Shard, split, whole
 MLP_UNIT = 32
 
 
-def mlp_unit(size: int) -> int:
-    """Columns of an intermediate size that stay together on a rank."""
-    return gcd(size, MLP_UNIT)
+def mlp_unit(size: int, longest_group: int) -> int:
+    """Columns of an intermediate size that stay together on a rank: whole groups of quantised ones (1: there are none)
+    too, where those divide evenly."""
+    unit = gcd(size, MLP_UNIT)
+    whole_groups = lcm(unit, longest_group)
+    return unit if size % whole_groups else whole_groups
 
 
 def gated_mlp_parameters(

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmd.model.spec import Activation
-from llmd_kernels import add_rms_norm, gated_mul, linear, rms_norm
+from llmd_kernels import QuantizedWeight, add_rms_norm, gated_mul, linear, rms_norm
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    weight: Tensor  # [num_outputs, num_inputs], packed
+    weight: Tensor | QuantizedWeight  # [num_outputs, num_inputs], packed
     bias: Tensor | None  # [num_outputs]
 
     def __call__(self, x: Tensor) -> Tensor:

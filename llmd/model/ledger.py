@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
-from llmd.model.memory import activation_bytes, kv_bytes_per_token, rope_bytes, weight_bytes
+from llmd.model.memory import activation_bytes, dequantized_bytes, kv_bytes_per_token, rope_bytes, weight_bytes
 from llmd.model.parallel import FLOAT32_BYTES
+from llmd.model.quantized_layouts import has_quantized_kernels
 from llmd.model.spec import ModelSpec
 
 GIB = 1 << 30
@@ -75,7 +76,13 @@ def plan_memory(
     Raises StartupFailed, with the numbers and the flags that matter, if not even a short context fits.
     """
     wanted_model_len = _wanted_model_len(spec, model)
-    weights = weight_bytes(spec, dtype_bytes=dtype_bytes, head_is_packed=on_cpu and dtype_bytes == FLOAT32_BYTES)
+    keeps_quantized = has_quantized_kernels(on_cpu=on_cpu, dtype_bytes=dtype_bytes)
+    weights = weight_bytes(
+        spec,
+        dtype_bytes=dtype_bytes,
+        head_is_packed=on_cpu and dtype_bytes == FLOAT32_BYTES,
+        keeps_quantized=keeps_quantized,
+    )
     weights += rope_bytes(spec, max_model_len=wanted_model_len)
     activations = activation_bytes(
         spec,
@@ -83,6 +90,8 @@ def plan_memory(
         max_num_logits=scheduler.max_num_seqs,
         dtype_bytes=dtype_bytes,
     )
+    if keeps_quantized:
+        activations += dequantized_bytes(spec, dtype_bytes=dtype_bytes)
     block_bytes = cache.block_size * kv_bytes_per_token(spec, dtype_bytes=kv_dtype_bytes)
     usable = available_bytes if on_cpu else int(available_bytes * cache.memory_utilization)
     left = usable - weights - activations

@@ -2,6 +2,7 @@
 
 from llmd.model.parallel import FLOAT32_BYTES, Rank, units_of
 from llmd.model.parameters import parameters
+from llmd.model.quantized_layouts import kept_bytes, kept_parameters
 from llmd.model.spec import LayerSpec, ModelSpec
 
 ONE_RANK = Rank()
@@ -12,15 +13,32 @@ def num_parameters(spec: ModelSpec) -> int:
     return sum(parameter.num_elements(ONE_RANK) for parameter in parameters(spec))
 
 
-def weight_bytes(spec: ModelSpec, *, dtype_bytes: int, head_is_packed: bool = False, rank: Rank = ONE_RANK) -> int:
+def weight_bytes(
+    spec: ModelSpec,
+    *,
+    dtype_bytes: int,
+    head_is_packed: bool = False,
+    keeps_quantized: bool = False,
+    rank: Rank = ONE_RANK,
+) -> int:
     """The rank's weights; the rope tables are not among them (see `rope_bytes`).
 
     head_is_packed: an embedding that is the head too is there twice, once in the layout of the matrix product.
+    keeps_quantized: quantised weights stay so; otherwise they are dequantised at load and take what others take.
     """
     wanted = parameters(spec)
+    kept = kept_parameters(wanted, spec.quantization) if keeps_quantized else {}
+    plain = [parameter for parameter in wanted if parameter.name not in kept]
     if head_is_packed and spec.tied_embeddings:
-        wanted.append(wanted[0])
-    return sum(parameter.num_bytes(rank, dtype_bytes) for parameter in wanted)
+        plain.append(wanted[0])
+    quantized = sum(kept_bytes(*pair, rank, dtype_bytes=dtype_bytes) for pair in kept.values())
+    return quantized + sum(parameter.num_bytes(rank, dtype_bytes) for parameter in plain)
+
+
+def dequantized_bytes(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ONE_RANK) -> int:
+    """The largest weight that stays quantised: a product over many tokens dequantises it as a whole for a moment."""
+    kept = kept_parameters(parameters(spec), spec.quantization)
+    return dtype_bytes * max([parameter.num_elements(rank) for parameter, _ in kept.values()], default=0)
 
 
 def rope_bytes(spec: ModelSpec, *, max_model_len: int) -> int:

@@ -43,8 +43,9 @@ def _layer(spec: ModelSpec, names: TensorNames, index: int) -> Iterator[Paramete
     if spec.pre_norm:
         yield Parameter(f"{here}.mlp_norm", (whole(f"{there}.{names.mlp_norm}.weight", hidden),))
     moe = spec.layers[index].moe
+    longest_group = spec.quantization.longest_group() if spec.quantization is not None else 1
     if moe is not None:
-        yield from expert_parameters(moe, names, here, there, hidden_size=hidden)
+        yield from expert_parameters(moe, names, here, there, hidden_size=hidden, longest_group=longest_group)
     else:
         yield from gated_mlp_parameters(
             here,
@@ -52,7 +53,7 @@ def _layer(spec: ModelSpec, names: TensorNames, index: int) -> Iterator[Paramete
             down=f"{there}.{names.down}",
             hidden_size=hidden,
             size=spec.intermediate_size,
-            unit=mlp_unit(spec.intermediate_size),
+            unit=mlp_unit(spec.intermediate_size, longest_group),
             bias=spec.mlp_bias,
         )
     if spec.post_norm:

@@ -7,7 +7,7 @@ Format: 8 bytes little-endian length, so many bytes of JSON, then the tensors' b
 import json
 import mmap
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,14 @@ SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPES = FLOAT_DTYPES | {"U8": torch.uint8}
+# what is read; quantised weights consist of the others
+DTYPES = FLOAT_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,13 @@ def _parse_json(file: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{file} is damaged: it holds no JSON object")
     return value
+
+
+def open_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Those tensors that have a known dtype, in their files: only what is used of them is read."""
+    files = {file: map_file(file) for file in {tensor.file for tensor in stored.values()}}
+    known = {name: tensor for name, tensor in stored.items() if tensor.dtype in DTYPES}
+    return {name: tensor_view(files[tensor.file], tensor) for name, tensor in known.items()}
 
 
 def map_file(file: Path) -> mmap.mmap:

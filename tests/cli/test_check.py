@@ -58,3 +58,19 @@ def test_it_says_what_takes_memory_in_models_with_experts(
     layers = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("layers"))
     for word in words:
         assert word in layers
+
+
+def test_it_says_how_a_model_is_quantized_and_what_it_takes(
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in tiny_model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["check", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "quantised    awq, 4 bits, groups of 32 inputs (awq)" in printed
+    assert "dequantised at load" in printed
+    assert main(["check", str(tmp_path), "--device", "cuda"]) == 0
+    assert "products read the weights as they are" in capsys.readouterr().out

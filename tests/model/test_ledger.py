@@ -10,18 +10,17 @@ from llmd.model.ledger import GIB, MemoryLedger, plan_memory
 from llmd.model.memory import kv_bytes_per_token
 from llmd.model.spec import ModelSpec, parse_spec
 
-SPEC: ModelSpec = parse_spec(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-    }
-)
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+}
+SPEC: ModelSpec = parse_spec(LLAMA)
 
 
 def plan(
@@ -31,10 +30,11 @@ def plan(
     max_model_len: int | None = None,
     num_blocks: int | None = None,
     kv_dtype_bytes: int = 2,
+    spec: ModelSpec = SPEC,
     **cache: Any,
 ) -> MemoryLedger:
     return plan_memory(
-        SPEC,
+        spec,
         dtype_bytes=2,
         kv_dtype_bytes=kv_dtype_bytes,
         available_bytes=int(available),
@@ -106,3 +106,14 @@ def test_a_restart_keeps_the_limits_whatever_is_free() -> None:
         after = plan(available, num_blocks=before.num_blocks)
         assert (after.num_blocks, after.max_model_len) == (before.num_blocks, before.max_model_len)
         assert any("as large as before the restart" in line for line in after.lines()) == (available < GIB)
+
+
+def test_quantized_weights_count_as_what_is_held() -> None:
+    """On a CPU they are dequantised. With kernels they stay, and room for the largest one dequantised is left."""
+    int4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+    quantized = parse_spec(LLAMA | {"quantization_config": int4})
+    assert plan(16 * GIB, spec=quantized) == plan(16 * GIB)
+    plain, kept = plan(16 * GIB, on_cpu=False), plan(16 * GIB, on_cpu=False, spec=quantized)
+    linear = 22 * (2048 * (2048 + 2 * 256 + 2048) + 3 * 2048 * 5632)
+    assert plain.weights - kept.weights == linear * 2 - linear // 2 - linear // 128 * 4
+    assert kept.activations - plain.activations == 2 * 5632 * 2048 * 2

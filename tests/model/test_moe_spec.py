@@ -144,7 +144,6 @@ def test_memory_of_experts() -> None:
         (DEEPSEEK_V3, {"n_group": 7}, "7 groups"),
         (DEEPSEEK_V3, {"topk_group": 9}, "9 of 8 groups"),
         (DEEPSEEK_V3, {"n_group": 256, "topk_group": 8}, "n_group"),
-        (DEEPSEEK_V3, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         (TINY, {"kv_lora_rank": 512}, "kv_lora_rank"),
         (TINY, {"n_routed_experts": 8}, "n_routed_experts"),
     ],
