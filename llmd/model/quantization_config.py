@@ -116,7 +116,12 @@ def _compressed_tensors(fields: ConfigFields, _head: str) -> tuple[QuantizationR
     groups = fields.value("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise fields.unsupported("`config_groups` in config.json must be an object with at least one group")
-    rules = [_compressed_group(fields, name, group) for name, group in groups.items()]
+    # a group without weights is about activations or the KV cache
+    rules = [
+        _compressed_group(fields, name, group)
+        for name, group in groups.items()
+        if not isinstance(group, Mapping) or group.get("weights") is not None
+    ]
     ignored = _names(fields, "ignore")
     return (QuantizationRule(_patterns(fields, ignored), None), *rules)
 

@@ -26,7 +26,7 @@ KERNEL_GROUP_MULTIPLE = {"int": 32, "float8": 64}
 # Beside a quantised weight there may be figures about activations and caches, and shapes that config.json implies
 UNREAD = (
     "activation_scale", "input_global_scale", "input_scale", "input_scale_ub", "input_zero_point", "k_scale",
-    "output_scale", "output_zero_point", "q_scale", "qzeros", "v_scale", "weight_g_idx", "weight_shape",
+    "kv_scale", "output_scale", "output_zero_point", "q_scale", "qzeros", "v_scale", "weight_g_idx", "weight_shape",
     "weight_zero_point",
 )  # fmt: skip
 

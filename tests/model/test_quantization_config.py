@@ -217,5 +217,7 @@ def test_what_cannot_be_honoured_is_refused_by_field_and_value(config: Any, name
 def test_what_concerns_activations_and_caches_is_accepted() -> None:
     activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
     group = {"targets": ["Linear"], "weights": FP8, "input_activations": activations}
-    config = compressed(FP8, "float-quantized", config_groups={"group_0": group}, kv_cache_scheme=activations)
+    cache = {"targets": ["LlamaAttention"], "weights": None, "output_activations": activations}
+    groups = {"group_0": group, "group_1": cache}
+    config = compressed(FP8, "float-quantized", config_groups=groups, kv_cache_scheme=activations)
     assert quantization(config).scheme(LAYER) == WeightScheme(layout="float8", bits=8, block=(1, None))
