@@ -94,6 +94,7 @@ FAULTS: dict[str, list[Fault]] = {
         ("weights forgotten", "tl.where(place >= 0, weight, 0.0)", "1.0"),
         ("a choice forgotten", "tl.static_range(NUM_CHOSEN)", "tl.static_range(NUM_CHOSEN // 2)"),
         ("the last tile of outputs", "tl.minimum(outputs, num_outputs - 1)", "outputs"),
+    ],
     "quantized_linear": [
         ("zeros forgotten", "(numbers - zero) * scale", "numbers * scale"),
         ("nibbles exchanged", "(words >> 8) & 0x000F000F", "(words >> 4) & 0x000F000F"),
