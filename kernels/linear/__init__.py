@@ -1,6 +1,5 @@
 """y = x · weightᵀ + bias."""
 
-import torch
 from torch import Tensor
 
 from llmd_kernels.dispatch import uses_triton
@@ -15,7 +14,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = No
     """
     if not isinstance(weight, Tensor):
         return quantized_linear(x, weight, bias)
-    if uses_triton(x, weight) and x.dtype != torch.float32:
+    # What was packed for a CPU has no rows to point at.
+    if uses_triton(x, weight) and not weight.is_mkldnn:
         from llmd_kernels.linear import triton_ops
 
         return triton_ops.linear(x, weight, bias)

@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return y
-    outputs, tokens, num_warps, num_stages = tile(num_tokens)
+    outputs, tokens, num_warps, num_stages = tile(num_tokens, itemsize=x.itemsize)
     span = span_of(num_outputs, num_inputs)
     num_spans = triton.cdiv(num_inputs, span)
     splits = num_spans > 1 and num_tokens <= MAX_SPLIT_TOKENS
@@ -72,8 +72,11 @@ def span_of(num_outputs: int, num_inputs: int) -> int:
     return int(triton.cdiv(triton.cdiv(num_inputs, num_spans), BLOCK_K)) * BLOCK_K
 
 
-def tile(num_tokens: int) -> tuple[int, int, int, int]:
+def tile(num_tokens: int, *, itemsize: int = 2) -> tuple[int, int, int, int]:
     """(outputs and tokens of a program, warps, stages of its pipeline). No bit depends on them."""
+    if itemsize == 4:
+        # No matrix instruction of NVIDIA's multiplies float32 whole: more tokens would spill.
+        return 64, 16 if num_tokens <= 16 else 32, 4, 3
     tokens = min(max(16, triton.next_power_of_2(num_tokens)), 128)
     return (64, tokens, 4, 5) if tokens <= 64 else (128, tokens, 8, 3)
 
@@ -134,7 +137,7 @@ def span_sum(
         else:
             left = tl.load(weight_rows + (start + k)[None, :], mask=(start + k)[None, :] < K, other=0.0)
             right = tl.load(x_rows + (start + k)[:, None], mask=(start + k)[:, None] < K, other=0.0)
-        total = tl.dot(left, right, total)
+        total = tl.dot(left, right, total, input_precision="ieee")
     return total
 
 

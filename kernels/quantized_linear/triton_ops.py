@@ -143,7 +143,7 @@ def _operands(weight: QuantizedWeight) -> dict[str, Any]:
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def quantized_linear_kernel(
     x,
     bias,

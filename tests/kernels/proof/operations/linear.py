@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmd_kernels.linear import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
-from tests.kernels.proof.inputs import apart, dtype_name, meta, randn
+from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
 
 # (inputs, outputs) of fused qkv, output, gate and up, down, head of Llama-3.1-8B, and SmolLM2-135M's.
 SHIPPED = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256), (576, 960), (1536, 576))
@@ -29,7 +29,7 @@ def cases() -> Iterator[Case]:
         (7, 1100, 40),
         (130, 1024, 33),
     )
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in FLOATS:
         for num_tokens, num_inputs, num_outputs in shapes:
             yield Case(
                 f"{dtype_name(dtype)} {num_tokens}×{num_inputs} → {num_outputs}",
@@ -79,6 +79,12 @@ def configurations() -> Iterator[Configuration]:
                 yield Configuration(
                     f"{dtype_name(dtype)} {num_tokens}×{num_inputs} → {num_outputs}", call, matrix=MATRIX
                 )
+    for num_tokens in (16, 128):
+
+        def call_float32(num_tokens: int = num_tokens) -> None:
+            triton_ops.linear(meta(num_tokens, 576, dtype=torch.float32), meta(960, 576, dtype=torch.float32))
+
+        yield Configuration(f"float32 {num_tokens}×576 → 960", call_float32)
 
 
 PROOF = Proof(
