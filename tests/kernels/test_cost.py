@@ -1,5 +1,7 @@
 """The cost models against the tensors that the operations really take and give."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from llmd_kernels.experts import cost as experts_cost
 from llmd_kernels.gated_mul import cost as gated_mul_cost
 from llmd_kernels.linear import cost as linear_cost
 from llmd_kernels.paged_attention import cost as paged_attention_cost
+from llmd_kernels.quantized_linear import cost as quantized_linear_cost
+from llmd_kernels.quantized_linear import pack_int_weight
 from llmd_kernels.rms_norm import cost as rms_norm_cost
 from llmd_kernels.rope_kv_write import cost as rope_kv_write_cost
 from llmd_kernels.route import cost as route_cost
@@ -39,6 +43,16 @@ def test_bytes_are_those_of_inputs_and_outputs() -> None:
     assert top_tokens_cost.bytes_moved(7, 5, 2, itemsize=4) == size(x, x[:, :2], ids)
     assert token_logprobs_cost.bytes_moved(7, 5, itemsize=4) == size(x)
     assert sample_cost.bytes_moved(7, 5, has_mask=True) == size(x, x > 0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_of_a_quantised_weight_are_those_of_its_tensors(bits: Literal[4, 8]) -> None:
+    x, bias, y = torch.empty(7, 128).half(), torch.empty(64).half(), torch.empty(7, 64).half()
+    weight = pack_int_weight(torch.zeros(64, 128, dtype=torch.uint8), torch.ones(64, 2).half(), None, bits=bits)
+    moved = quantized_linear_cost.bytes_moved(
+        7, 128, 64, bits=bits, scale_bytes=weight.groups.nbytes, itemsize=2, has_bias=True
+    )
+    assert moved == size(x, weight.tiles, weight.groups, bias, y)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
