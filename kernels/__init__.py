@@ -11,6 +11,7 @@ from llmd_kernels.all_reduce_add_rms_norm import SymmetricMemory, all_reduce_add
 from llmd_kernels.experts import experts
 from llmd_kernels.gated_mul import gated_mul
 from llmd_kernels.linear import linear, pack_weight
+from llmd_kernels.linear_draw import linear_draw
 from llmd_kernels.paged_attention import (
     AttentionBatch,
     AttentionWork,
@@ -23,7 +24,19 @@ from llmd_kernels.quantized_linear import Float8Weight, IntWeight, QuantizedWeig
 from llmd_kernels.rms_norm import rms_norm
 from llmd_kernels.rope_kv_write import rope_kv_write
 from llmd_kernels.route import route
-from llmd_kernels.sample import RowSampling, SampledTokens, SamplingBatch, sample
+from llmd_kernels.sample import (
+    DeviceSampling,
+    PackedSampling,
+    RowRecord,
+    RowSampling,
+    SampledTokens,
+    SamplingBatch,
+    pack_sampling,
+    record_of,
+    sample,
+    sample_on_device,
+)
+from llmd_kernels.scale_logits import scale_logits
 from llmd_kernels.step_inputs import (
     BLOCK_TABLES,
     TOKEN_IDS,
@@ -38,7 +51,7 @@ from llmd_kernels.step_inputs import (
     step_inputs,
     write_differences,
 )
-from llmd_kernels.token_logprobs import TokenLogprobs, token_logprobs
+from llmd_kernels.token_logprobs import DeviceLogprobs, TokenLogprobs, token_logprobs, token_logprobs_on_device
 from llmd_kernels.top_tokens import top_tokens
 
 __all__ = [
@@ -46,12 +59,16 @@ __all__ = [
     "TOKEN_IDS",
     "AttentionBatch",
     "AttentionWork",
+    "DeviceLogprobs",
+    "DeviceSampling",
     "Float8Weight",
     "HostLens",
     "IntWeight",
     "LayerKind",
     "NewEntries",
+    "PackedSampling",
     "QuantizedWeight",
+    "RowRecord",
     "RowSampling",
     "SampledTokens",
     "SamplingBatch",
@@ -69,17 +86,23 @@ __all__ = [
     "experts",
     "gated_mul",
     "linear",
+    "linear_draw",
     "pack_int_weight",
+    "pack_sampling",
     "pack_step",
     "pack_weight",
     "packed_size",
     "paged_attention",
+    "record_of",
     "rms_norm",
     "rope_kv_write",
     "route",
     "sample",
+    "sample_on_device",
+    "scale_logits",
     "step_inputs",
     "token_logprobs",
+    "token_logprobs_on_device",
     "top_tokens",
     "write_differences",
 ]

@@ -2,10 +2,23 @@
 
 from torch import Tensor
 
-from llmd_kernels.sample import torch_ops
+from llmd_kernels.dispatch import uses_triton
+from llmd_kernels.sample import torch_device, torch_ops
 from llmd_kernels.sample.batch import RowSampling, SampledTokens, SamplingBatch
+from llmd_kernels.sample.device import DeviceSampling, PackedSampling, RowRecord, pack_sampling, record_of
 
-__all__ = ["RowSampling", "SampledTokens", "SamplingBatch", "sample"]
+__all__ = [
+    "DeviceSampling",
+    "PackedSampling",
+    "RowRecord",
+    "RowSampling",
+    "SampledTokens",
+    "SamplingBatch",
+    "pack_sampling",
+    "record_of",
+    "sample",
+    "sample_on_device",
+]
 
 
 def sample(logits: Tensor, batch: SamplingBatch, *, mask: Tensor | None = None) -> SampledTokens:
@@ -13,4 +26,21 @@ def sample(logits: Tensor, batch: SamplingBatch, *, mask: Tensor | None = None) 
 
     The order of processing and the exact meaning of each filter: README.md of this folder.
     """
+    if uses_triton(logits):
+        from llmd_kernels.sample import host_batch
+
+        return host_batch.sample(logits, batch, mask=mask)
     return torch_ops.sample(logits, batch, mask=mask)
+
+
+def sample_on_device(logits: Tensor, sampling: DeviceSampling) -> Tensor:
+    """logits [R, V] of any float dtype (not changed) → one token a row, [R] int64, on the logits' device.
+
+    The same processing as `sample`, without reading anything back to the host: it can be recorded in a CUDA graph, and
+    neither the host's lists nor the tokens drawn before need be known. At least one token of a row must be allowed.
+    """
+    if uses_triton(logits):
+        from llmd_kernels.sample import triton_ops
+
+        return triton_ops.sample_on_device(logits, sampling)
+    return torch_device.sample_on_device(logits, sampling)

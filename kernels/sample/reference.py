@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmd_kernels.sample.batch import RowSampling, SampledTokens, SamplingBatch
+from llmd_kernels.sample.device import DeviceSampling
 from llmd_kernels.token_logprobs import reference as token_logprobs_reference
 
 
@@ -28,6 +29,34 @@ def sample(logits: Tensor, batch: SamplingBatch, *, mask: Tensor | None = None) 
             )[0]
         )
     return SampledTokens(torch.tensor(token_ids, dtype=torch.int64, device=logits.device), logprobs)
+
+
+def sample_on_device(logits: Tensor, sampling: DeviceSampling) -> Tensor:
+    """The same rows, read back from the device's tensors."""
+    token_ids = []
+    for r, row_logits in enumerate(logits.tolist()):
+        biases = slice(int(sampling.bias_starts[r]), int(sampling.bias_starts[r + 1]))
+        row = RowSampling(
+            seed=int(sampling.seeds[r]) % 2**64,
+            choice=int(sampling.choices[r]) % 2**32,
+            temperature=float(sampling.temperatures[r]),
+            top_k=int(sampling.top_ks[r]),
+            top_p=float(sampling.top_ps[r]),
+            min_p=float(sampling.min_ps[r]),
+            repetition_penalty=float(sampling.repetition_penalties[r]),
+            presence_penalty=float(sampling.presence_penalties[r]),
+            frequency_penalty=float(sampling.frequency_penalties[r]),
+            logit_bias=dict(zip(sampling.bias_ids[biases].tolist(), sampling.biases[biases].tolist(), strict=True)),
+        )
+        num_prompt, position = int(sampling.prompt_lens[r]), int(sampling.positions[r])
+        tokens = sampling.history[int(sampling.places[r]), : num_prompt + position].tolist()
+        scores = processed_logits(row_logits, row, tokens[:num_prompt], tokens[num_prompt:])
+        bitmask_row = int(sampling.bitmask_rows[r])
+        if sampling.bitmask is not None and bitmask_row >= 0:
+            words = sampling.bitmask[bitmask_row].tolist()
+            scores = [s if words[i // 32] >> i % 32 & 1 else -math.inf for i, s in enumerate(scores)]
+        token_ids.append(draw(scores, row, position=position))
+    return torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
 
 
 def processed_logits(logits: list[float], sampling: RowSampling, prompt: list[int], output: list[int]) -> list[float]:

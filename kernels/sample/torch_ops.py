@@ -42,7 +42,7 @@ def sample(logits: Tensor, batch: SamplingBatch, *, mask: Tensor | None = None) 
         for start in range(0, len(rows), SLAB_ROWS):
             slab = rows[start : start + SLAB_ROWS]
             token_ids[slab] = _drawn(_take(scores, slab), batch, slab, draw)
-    return SampledTokens(token_ids, _logprobs(logits, token_ids, batch))
+    return SampledTokens(token_ids, logprobs_of(logits, token_ids, batch))
 
 
 def _kinds(batch: SamplingBatch) -> tuple[list[int], list[int], list[int]]:
@@ -105,7 +105,7 @@ def _draw_from_kept(candidates: Candidates, keys: NoiseKeys) -> Tensor:
     return candidates.ids.masked_fill(noisy < best, torch.iinfo(torch.int64).max).amin(dim=1)
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:
+def logprobs_of(logits: Tensor, token_ids: Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:
     """Of the raw logits, for the rows that ask; one look for all, cut to what each asked for."""
     asked = {r: s.num_logprobs for r, s in enumerate(batch.sampling) if s.num_logprobs is not None}
     results: list[TokenLogprobs | None] = [None] * len(batch)

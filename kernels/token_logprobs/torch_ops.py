@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from llmd_kernels.token_logprobs.result import TokenLogprobs
+from llmd_kernels.token_logprobs.result import DeviceLogprobs, TokenLogprobs
+from llmd_kernels.top_tokens import reference as top_tokens_reference
 from llmd_kernels.top_tokens import top_tokens
 
 # Rows widened to float64 at a time: bounds the temporary memory.
@@ -15,6 +16,24 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> list[Toke
     starts = range(0, len(logits), SLAB_ROWS)
     slabs = [(logits[start : start + SLAB_ROWS], token_ids[start : start + SLAB_ROWS]) for start in starts]
     return [result for slab in slabs for result in _slab(*slab, num_top)]
+
+
+def token_logprobs_on_device(logits: Tensor, token_ids: Tensor, num_top: int) -> DeviceLogprobs:
+    """Whole rows are sorted: what looks at ties only where there are some would have to read them back."""
+    wide = logits.double()
+    chosen = wide.gather(1, token_ids[:, None])
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    before = (wide > chosen) | ((wide == chosen) & (ids < token_ids[:, None]))
+    top_values, top_ids = top_tokens_reference.top_tokens(wide, num_top)
+    largest = wide.amax(dim=1, keepdim=True)
+    log_total = row_sums((wide - largest).exp_()).log_()[:, None] + largest
+    return DeviceLogprobs(
+        token_ids=token_ids,
+        logprobs=(chosen - log_total)[:, 0].float(),
+        ranks=(before.sum(dim=1) + 1).int(),
+        top_ids=top_ids,
+        top_logprobs=(top_values - log_total).float(),
+    )
 
 
 def _slab(logits: Tensor, token_ids: Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -1,5 +1,6 @@
 """Faults planted into the real kernels: their proofs must find every one, or they prove nothing."""
 
+import importlib
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,6 +115,45 @@ FAULTS: dict[str, list[Fault]] = {
         ("bias for every span", "None if splits else bias", "bias"),
         ("dequantised rows cut off", "(outputs < num_outputs)[:, None] & (k < K)", "(outputs < num_outputs - 1)[:, None] & (k < K)"),  # noqa: E501
     ],
+    "scale_logits": [
+        ("not divided", "products = products / divisor", "pass"),
+        ("cap forgotten behind", "tanh(products / soft_cap) * soft_cap", "tanh(products / soft_cap)"),
+        ("numbers beyond the end", "mask = places < size", "mask = places < size + 1"),
+        ("blocks overlap", ".to(tl.int64) * BLOCK", ".to(tl.int64) * (BLOCK - 1)"),
+        ("cap for all", "CAPS=soft_cap is not None", "CAPS=True"),
+    ],
+    "linear_draw": [
+        ("best beyond the end", "(token_ids < num_tokens)[None, :]", "(token_ids < num_tokens + 5)[None, :]"),
+        ("rows beyond the end", "tl.minimum(rows, num_rows - 1)", "rows"),
+        ("one span only", "range(SPAN, K, SPAN)", "range(K, K, SPAN)"),
+        ("noise of other tokens", "groups = token_tile * (TOKENS // 4)", "groups = (token_tile + 1) * (TOKENS // 4)"),
+        ("noise of one row for all", "seed[:, None]", "tl.max(seed, axis=0)"),
+        ("not divided", "DIVIDES=divisor != 1", "DIVIDES=False"),
+        ("results of other tiles", "* num_token_tiles + token_tile\n", "* num_token_tiles\n"),
+        ("bounds of rows", "row_mask = rows < num_rows", "row_mask = rows < num_rows + 1"),
+    ],
+    "sample_on_device": [
+        ("the last chunk forgotten", "scan_kernel[(num_rows, num_chunks)]", "scan_kernel[(num_rows, max(1, num_chunks - 1))]"),  # noqa: E501
+        ("noise of chunk 0", "groups = chunk * (TOKENS // 4)", "groups = 0 * (TOKENS // 4)"),
+        ("words exchanged", "tl.join(word0, word2), tl.join(word1, word3)", "tl.join(word0, word1), tl.join(word2, word3)"),  # noqa: E501
+        ("words of single tokens exchanged", "ids % 4 == 1, word1, word3", "ids % 4 == 1, word3, word1"),
+        ("highest of equal ids", "tl.min(tl.where(scores == best, ids, 2147483647)", "tl.max(tl.where(scores == best, ids, -1)"),  # noqa: E501
+        ("equal ones in the wrong order", "+ (1048575 - ids)", "+ ids"),
+        ("negative logits in the wrong order", "bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits"),
+        ("top_p before top_k", "if top_k > 0:\n        kept = kept & (num_ahead < top_k)\n        total", "if top_k > 0:\n        kept = kept & (num_ahead < top_k)\n        _"),  # noqa: E501
+        ("the crossing token dropped", "units_ahead < wanted_units(total, top_p)", "units_ahead + units_of(weights) < wanted_units(total, top_p)"),  # noqa: E501
+        ("min_p forgotten", "kept = weights >= min_p\n", "kept = weights >= 0.0\n"),
+        ("bisected too far", "low, high = tl.where(enough, middle, low)", "low, high = tl.where(enough, middle + 1, low)"),  # noqa: E501
+        ("candidates to the same places", "first + tl.cumsum(found.to(tl.int32), axis=0) - 1", "tl.cumsum(found.to(tl.int32), axis=0) - 1"),  # noqa: E501
+        ("candidates beyond their room", "found & (place < CANDIDATES)", "found"),
+        ("a guess that is not checked", "complete = num <= CANDIDATES", "complete = num >= 0"),
+        ("penalties before biases", "score += tl.where(ids == tl.load(bias_ids + entry)", "score -= tl.where(ids == tl.load(bias_ids + entry)"),  # noqa: E501
+        ("prompt counted as output", "tokens, num_prompt, num_all", "tokens, 0, num_all"),
+        ("output not repeated", "in_prompt + in_output > 0", "in_prompt > 0"),
+        ("tokens of another place", "tl.load(places + row).to(tl.int64) * history_stride", "row * history_stride"),
+        ("bits in the wrong order", "words >> (ids % 32)", "words >> (31 - ids % 32)"),
+        ("raw logits instead of scores", "found = tl.load(scores + row * num_tokens + ids, mask", "found = tl.load(logits + row * logits_stride + ids, mask"),  # noqa: E501
+    ],
 }  # fmt: skip
 
 
@@ -135,20 +175,22 @@ PLANTED = [
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_planted_fault_is_found(planted: Planted, tmp_path: Path) -> None:
+def test_a_planted_fault_is_found(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, right, wrong = planted.fault
     proof = planted.proof
-    original = Path(str(importlib.util.find_spec(proof.operation.__module__).origin))  # type: ignore[union-attr]
-    source = original.read_text()
-    assert source.count(right) >= 1, f"{name}: the kernel does not say {right!r} any more"
-    path = tmp_path / f"{proof.name}_with_a_fault.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    faulty = replace(proof, operation=getattr(module, proof.name))
+    module = proof.operation.__module__
+    folder = Path(str(importlib.util.find_spec(module).origin)).parent  # type: ignore[union-attr]
+    sources = {path.name: path.read_text() for path in folder.glob("triton_*.py")}
+    assert any(right in source for source in sources.values()), f"{name}: the kernel does not say {right!r} any more"
+    # All of an operation's kernels, in a package that imports its own.
+    package = tmp_path / f"faulty_{tmp_path.name}"
+    package.mkdir()
+    for file, source in sources.items():
+        own = source.replace(f"{module.rpartition('.')[0]}.triton_", f"{package.name}.triton_")
+        (package / file).write_text(own.replace(right, wrong))
+    monkeypatch.syspath_prepend(tmp_path)
+    faulty_module = importlib.import_module(f"{package.name}.{module.rpartition('.')[2]}")
+    faulty = replace(proof, operation=getattr(faulty_module, proof.name))
     assert any(_is_found(faulty, case) for case in proof.cases), f"nobody noticed: {name}"
 
 

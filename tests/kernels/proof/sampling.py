@@ -1,0 +1,48 @@
+"""Rows for what draws: their parameters packed, their tokens in a table. CPU tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmd_kernels import DeviceSampling, RowSampling, pack_sampling, record_of
+
+NUM_PLACES, MAX_LEN = 16, 24
+
+History = tuple[Sequence[int], Sequence[int]]
+
+
+def on_device(
+    rows: Sequence[RowSampling],
+    histories: Sequence[History] | None = None,
+    *,
+    mask: Tensor | None = None,
+    num_rows: int | None = None,
+    num_biases: int | None = None,
+) -> DeviceSampling:
+    """histories: (prompt, output) of each row; mask [R, V] bool: which tokens every second row may draw.
+
+    Sequences lie at places from the last on; what no sequence has in the table is an id that does not exist.
+    """
+    histories = histories or [([0], [])] * len(rows)
+    table = torch.full((NUM_PLACES, MAX_LEN), 2**31 - 1, dtype=torch.int32)
+    places = [NUM_PLACES - 1 - r % NUM_PLACES for r in range(len(rows))]
+    for place, (prompt, output) in zip(places, histories, strict=True):
+        table[place, : len(prompt) + len(output)] = torch.tensor([*prompt, *output], dtype=torch.int32)
+    packed = pack_sampling(
+        [record_of(row) for row in rows],
+        positions=[len(output) for _, output in histories],
+        prompt_lens=[len(prompt) for prompt, _ in histories],
+        places=places,
+        bitmask_rows=None if mask is None else [r if r % 2 else -1 for r in range(len(rows))],
+        num_rows=num_rows,
+        num_biases=num_biases,
+    )
+    bitmask = None if mask is None else bitmask_of(mask)
+    return packed.on_device(torch.from_numpy(packed.words), history=table, bitmask=bitmask)
+
+
+def bitmask_of(mask: Tensor) -> Tensor:
+    """mask [R, V] bool → [R, ceil(V / 32)] int32."""
+    wide = torch.nn.functional.pad(mask.long(), (0, -mask.shape[1] % 32))
+    return (wide.view(len(mask), -1, 32) << torch.arange(32)).sum(dim=2).to(torch.int32)
