@@ -27,7 +27,8 @@ class Candidates:
 def survivors(scores: Tensor, rows: list[RowSampling], num_candidates: int) -> Candidates:
     """scores [R, V]: adjusted logits. Rows that are not complete want more candidates; all V are always complete."""
     num_tokens = scores.shape[1]
-    num_candidates = min(num_candidates, num_tokens)
+    # At least top_k, whose total top_p is a part of.
+    num_candidates = min(max(num_candidates, *(s.top_k for s in rows)), num_tokens)
     temperature, top_k, top_p, min_p = (
         torch.tensor(column, dtype=torch.float64, device=scores.device)[:, None]
         for column in zip(*((s.temperature, s.top_k or num_tokens, s.top_p, s.min_p) for s in rows), strict=True)
