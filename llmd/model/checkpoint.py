@@ -1,7 +1,8 @@
 """From a model folder to a decoder: everything is checked first, then each rank reads exactly the bytes that it needs,
 straight to where they will live. Knows no memory limits and no requests."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from llmd.model.quantized_layouts import has_quantized_kernels, kept_bytes, kept
 from llmd.model.registry import FAMILIES
 from llmd.model.safetensors_folder import FLOAT_DTYPES, StoredTensor, open_tensors, read_headers
 from llmd.model.spec import load_spec
+from llmd.model.staged_reads import StagedRead, run_reads
 
 # Tensors that old checkpoints carry although they are computed
 HARMLESS_SUFFIXES = (
@@ -158,18 +160,29 @@ def load_parameters(
     progress: Progress,
     quantization: QuantizationSpec | None = None,
     bytes_to_follow: int = 0,
+    staged: bool | None = None,
 ) -> dict[str, Tensor]:
     """This rank's part of each parameter, by name; checked by `check_tensors` before.
 
-    Every byte goes from the mapped file to its final place, converted on the way; quantised ones are dequantised.
+    Every byte goes from its file to its final place, converted on the way; quantised ones are dequantised.
     `progress` hears (bytes of weights in place, bytes in all with `bytes_to_follow`), with growing first number,
-    (0, all) and (all, all) included.
+    (0, all) and (all, all) included. staged: what lies in its file as it is wanted is read by the threads of
+    staged_reads.py instead of from mapped files; None = where the device does not share the host's memory.
     """
+    if staged is None:
+        staged = device.type != "cpu"
     parameters = list(parameters)
     total = bytes_to_follow + sum(parameter.num_bytes(rank, dtype.itemsize) for parameter in parameters)
     tensors = open_tensors(stored)
     done = 0
     progress(done, total)
+
+    def report(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
+
+    reads: list[StagedRead] = []
     weights: dict[str, Tensor] = {}
     for parameter in parameters:
         kept_dtype = torch.float32 if parameter.in_float32 else dtype
@@ -177,21 +190,45 @@ def load_parameters(
         rows = weight if parameter.num_experts is None else weight.flatten(0, 1)
         row = 0
         for piece in parameter.pieces:
+            target = rows[row : row + piece.shape(rank)[0]]
+            row += len(target)
             scheme = piece_scheme(parameter, piece, quantization)
-            if scheme is not None:
-                row += copy_dequantized(rows[row:], piece, scheme, tensors=tensors, rank=rank)
+            if scheme is None and staged and piece.view is None:
+                reads += _staged_reads(target, piece, stored[piece.tensor], rank)
                 continue
-            row += _copy_piece(rows[row:], piece, [tensors[name] for name in piece.tensors], rank)
+            if scheme is not None:
+                copy_dequantized(target, piece, scheme, tensors=tensors, rank=rank)
+            else:
+                _copy_piece(target, piece, [tensors[name] for name in piece.tensors], rank)
+            report(target.nbytes)
         weights[parameter.name] = weight
-        done += weight.nbytes
-        progress(done, total)
+    if reads:
+        run_reads(reads, device=device, done=report)
     return weights
 
 
-def _copy_piece(target: Tensor, piece: Piece, sources: list[Tensor], rank: Rank) -> int:
-    """Copy this rank's slices of the sources (`piece.tensors`) to the first rows of the target → how many rows."""
+def _staged_reads(target: Tensor, piece: Piece, source: StoredTensor, rank: Rank) -> Iterator[StagedRead]:
+    """This rank's slices of a stored tensor, and where they go."""
     dim = piece.sharding.dim if isinstance(piece.sharding, Shard) else 0
-    target = target[: piece.shape(rank)[0]]
+    dtype, row_elements = FLOAT_DTYPES[source.dtype], prod(source.shape[1:])
+    start = 0
+    for part in piece.slices(rank):
+        length = part.stop - part.start
+        first_row = part.start if dim == 0 else 0
+        yield StagedRead(
+            source.file,
+            source.offset + first_row * row_elements * dtype.itemsize,
+            dtype,
+            row_elements,
+            target.narrow(dim, start, length),
+            columns=None if dim == 0 or part == slice(0, row_elements) else part,
+        )
+        start += length
+
+
+def _copy_piece(target: Tensor, piece: Piece, sources: list[Tensor], rank: Rank) -> None:
+    """Copy this rank's slices of the sources (`piece.tensors`) to the target."""
+    dim = piece.sharding.dim if isinstance(piece.sharding, Shard) else 0
     matrices = [_viewed(source, piece.view) for source in sources]
     start = 0
     for part in piece.slices(rank):
@@ -205,7 +242,6 @@ def _copy_piece(target: Tensor, piece: Piece, sources: list[Tensor], rank: Rank)
         else:
             _copy(here, matrices[0].narrow(dim, part.start, length))
         start += length
-    return target.shape[0]
 
 
 def _viewed(source: Tensor, view: ExpertView | None) -> Tensor:

@@ -86,15 +86,14 @@ def _extra_biases(
 
 def copy_dequantized(
     target: Tensor, piece: Piece, scheme: WeightScheme, *, tensors: Mapping[str, Tensor], rank: Rank
-) -> int:
-    """Dequantise this rank's part of a piece into the first rows of the target → how many rows."""
+) -> None:
+    """Dequantise this rank's part of a piece into the target."""
     weight = unpack(piece, scheme, tensors=tensors, rank=rank, device=target.device)
     num_rows = weight.values.shape[0]
     # some rows at a time, so that what is computed on the way takes little memory
     for first in range(0, num_rows, ROWS_AT_ONCE):
         rows = slice(first, min(first + ROWS_AT_ONCE, num_rows))
         target[rows] = dequantize(weight.part_of_rows(rows), scheme, target.dtype)
-    return num_rows
 
 
 def load_quantized(
