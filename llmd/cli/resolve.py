@@ -40,6 +40,7 @@ def resolve(flags: argparse.Namespace) -> Config:
         chat_template=_chat_template(flags.chat_template),
         use_model_defaults=flags.generation_config == "auto",
         device=flags.device,
+        enforce_eager=flags.enforce_eager,
         threads=flags.threads,
     )
     cache = CacheConfig(

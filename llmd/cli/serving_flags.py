@@ -121,6 +121,12 @@ def _add_model_flags(model: argparse._ArgumentGroup) -> None:
 def _add_memory_flags(device: argparse._ArgumentGroup) -> None:
     device.add_argument("--device", choices=_DEVICES, default="auto", help="where to compute (default: auto)")
     device.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="launch each kernel of a GPU's decode steps, instead of capturing them as CUDA graphs: slower, to find "
+        "faults (no effect on a CPU)",
+    )
+    device.add_argument(
         "--threads", type=_at_least(1, int), metavar="N", help="compute threads on a CPU (default: one a core)"
     )
     device.add_argument(

@@ -17,7 +17,7 @@ from llmd.model.moe import Moe
 from llmd.model.moe_spec import MoeSpec
 from llmd.model.rope import cos_sin_table
 from llmd.model.spec import LatentSpec, ModelSpec
-from llmd_kernels import QuantizedWeight, pack_weight
+from llmd_kernels import DeviceSampling, LayerKind, QuantizedWeight, linear_draw, pack_weight, scale_logits
 
 # the reference gives the latents' norms this one, whatever config.json says of the others
 LATENT_NORM_EPS = 1e-6
@@ -90,9 +90,33 @@ class Decoder:
     def device(self) -> torch.device:
         return self._embedding.device
 
+    @property
+    def hidden_size(self) -> int:
+        return self.spec.hidden_size
+
+    @property
+    def layer_kinds(self) -> list[LayerKind]:
+        """What attention's work lists must be made for, each once."""
+        spec = self.spec
+        return list(
+            dict.fromkeys(
+                LayerKind(spec.num_heads, spec.num_kv_heads, spec.head_dim, layer.window) for layer in spec.layers
+            )
+        )
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether `draw` works: the head's weight is plain."""
+        return isinstance(self._head.weight, Tensor) and not self._head.weight.is_mkldnn
+
     @torch.inference_mode()
     def forward(self, inputs: ModelInputs, kv: KvCache) -> Tensor:
         """Run one step: write its tokens' keys and values → logits [num_logits, vocab_size] float32."""
+        return self.logits(self.hidden(inputs, kv))
+
+    @torch.inference_mode()
+    def hidden(self, inputs: ModelInputs, kv: KvCache) -> Tensor:
+        """Run one step up to the last norm → what the head reads, [num_logits, hidden_size]."""
         x = embedding(inputs.token_ids, self._embedding)
         if self.spec.embedding_scale != 1:
             # the scale in the weights' dtype: Gemma was trained with the rounded one
@@ -101,15 +125,32 @@ class Decoder:
         for layer, cache in zip(self._layers, kv.layers, strict=True):
             x, residual = layer(x, residual, inputs, cache)
         x, residual = x[inputs.logit_rows], residual[inputs.logit_rows] if residual is not None else None
-        x, _ = add_and_norm(x, residual, self._norm)
-        return self._logits(x)
+        return add_and_norm(x, residual, self._norm)[0]
 
-    def _logits(self, x: Tensor) -> Tensor:
-        logits = self._head(x).float()
-        if self.spec.logit_divisor != 1:
-            logits = logits / self.spec.logit_divisor
-        cap = self.spec.logit_soft_cap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [num_logits, hidden_size] → logits [num_logits, vocab_size] float32."""
+        return scale_logits(self._head(hidden), divisor=self.spec.logit_divisor, soft_cap=self.spec.logit_soft_cap)
+
+    @torch.inference_mode()
+    def draw(self, hidden: Tensor, sampling: DeviceSampling) -> Tensor:
+        """hidden [num_logits, hidden_size] → a token each, [num_logits] int64: greedy or by temperature alone.
+
+        Bitwise the tokens that `sample_on_device` draws from `logits`, which are not written here. sampling: its first
+        rows count.
+        """
+        weight, rows = self._head.weight, slice(len(hidden))
+        assert isinstance(weight, Tensor), "see can_draw"
+        return linear_draw(
+            hidden,
+            weight,
+            sampling.temperatures[rows],
+            seeds=sampling.seeds[rows],
+            choices=sampling.choices[rows],
+            positions=sampling.positions[rows],
+            divisor=self.spec.logit_divisor,
+            soft_cap=self.spec.logit_soft_cap,
+        )
 
 
 @dataclass(frozen=True, slots=True)

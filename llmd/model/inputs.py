@@ -11,7 +11,7 @@ from llmd_kernels import AttentionBatch
 class ModelInputs:
     """All sequences of a step in one row of tokens, cut by `attention.query_starts`.
 
-    The row is padded to a multiple of eight tokens, so that no operation ever meets a shape for which its
+    On a CPU the row is padded to a multiple of eight tokens, so that no operation ever meets a shape for which its
     library changes its order of summation (contract C3). Padding tokens belong to no sequence; their slot is in a
     block that nobody owns.
     """

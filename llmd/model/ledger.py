@@ -8,7 +8,15 @@ from dataclasses import dataclass
 
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
-from llmd.model.memory import activation_bytes, dequantized_bytes, kv_bytes_per_token, rope_bytes, weight_bytes
+from llmd.model.memory import (
+    activation_bytes,
+    dequantized_bytes,
+    graph_bytes,
+    kv_bytes_per_token,
+    rope_bytes,
+    step_state_bytes,
+    weight_bytes,
+)
 from llmd.model.parallel import FLOAT32_BYTES
 from llmd.model.quantized_layouts import has_quantized_kernels
 from llmd.model.spec import ModelSpec
@@ -92,6 +100,17 @@ def plan_memory(
     )
     if keeps_quantized:
         activations += dequantized_bytes(spec, dtype_bytes=dtype_bytes)
+    if not on_cpu:
+        activations += step_state_bytes(
+            spec,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_tokens=scheduler.max_num_batched_tokens,
+            max_model_len=wanted_model_len,
+            block_size=cache.block_size,
+            dtype_bytes=dtype_bytes,
+        )
+        if not model.enforce_eager:
+            activations += graph_bytes(spec, max_num_seqs=scheduler.max_num_seqs, dtype_bytes=dtype_bytes)
     block_bytes = cache.block_size * kv_bytes_per_token(spec, dtype_bytes=kv_dtype_bytes)
     usable = available_bytes if on_cpu else int(available_bytes * cache.memory_utilization)
     left = usable - weights - activations

@@ -3,7 +3,6 @@
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,16 +12,19 @@ from llmd.config import WorkerConfig
 from llmd.errors import StartupFailed
 from llmd.machine import num_free_cores
 from llmd.model.checkpoint import load_decoder
-from llmd.model.kv_cache import allocate_kv_cache
-from llmd.model.ledger import plan_memory
+from llmd.model.decoder import Decoder
+from llmd.model.kv_cache import KvCache, allocate_kv_cache
+from llmd.model.ledger import MemoryLedger, plan_memory
 from llmd.model.spec import load_spec
 from llmd.protocol.control import ChildProgress, ChildReady, Line, Stage
-from llmd.protocol.framing import FrameDecoder, encode_frame
-from llmd.protocol.steps import EngineToWorker, RankReady
+from llmd.protocol.steps import RankReady
+from llmd.worker.cpu_runner import CpuRunner
 from llmd.worker.device import available_memory, choose_device, choose_dtype, choose_kv_dtype
-from llmd.worker.runner import Runner
+from llmd.worker.gpu_runner import GpuRunner
+from llmd.worker.serving import serve_engine
+from llmd.worker.stream import CudaStream
+from llmd_kernels.compiled_kernels import keep_compiled_kernels
 
-_RECEIVE_SIZE = 1 << 18  # bytes
 _PROGRESS_INTERVAL = 0.1  # seconds between two messages
 
 
@@ -33,6 +35,8 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
     if device.type == "cpu":
         torch.set_num_threads(config.model.threads or num_free_cores())
 
+    if device.type == "cuda":
+        _keep_compiled_kernels(Path(config.model.cache_dir), device)
     kv_dtype = choose_kv_dtype(config.cache.dtype, dtype)
     model_dir = Path(config.model_dir)
     spec = load_spec(model_dir)
@@ -65,7 +69,9 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartupFailed(f"the memory for weights and KV cache is not there: {error}") from error
-    runner = Runner(model, kv, num_blocks=memory.num_blocks, block_size=config.cache.block_size, device=device)
+    runner = _make_runner(config, model, kv, memory, device)
+    if isinstance(runner, GpuRunner) and not (runner.has_graphs or config.model.enforce_eager):
+        control.send(Line("decode steps are not captured as CUDA graphs: attention has no kernel for this model here"))
     control.send(ChildReady())
     ready = RankReady(
         rank=config.rank,
@@ -73,18 +79,33 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
         max_model_len=memory.max_model_len,
         vocab_size=spec.vocab_size,
     )
-    _serve(runner, config.engine_fd, ready)
+    with socket.socket(fileno=config.engine_fd) as engine:
+        serve_engine(runner, engine, ready)
 
 
-def _serve(runner: Runner, engine_fd: int, ready: RankReady) -> None:
-    """Plans come faster than they are done: the next one is usually here when a step ends."""
-    decoder: FrameDecoder[EngineToWorker] = FrameDecoder(EngineToWorker)
-    # an engine that is gone is the end, whether we read or write when we find out
-    with socket.socket(fileno=engine_fd) as engine, suppress(ConnectionError):
-        engine.sendall(encode_frame(ready))
-        while data := engine.recv(_RECEIVE_SIZE):
-            for plan in decoder.feed(data):
-                engine.sendall(encode_frame(runner.execute(plan)))
+def _keep_compiled_kernels(cache_dir: Path, device: torch.device) -> None:
+    try:
+        keep_compiled_kernels(cache_dir / "kernels", device)
+    except OSError as error:
+        raise StartupFailed(f"compiled kernels cannot be kept: {error}. Choose another --download-dir") from error
+
+
+def _make_runner(
+    config: WorkerConfig, model: Decoder, kv: KvCache, memory: MemoryLedger, device: torch.device
+) -> CpuRunner | GpuRunner:
+    if device.type == "cpu":
+        return CpuRunner(model, kv, num_blocks=memory.num_blocks, block_size=kv.block_size, device=device)
+    return GpuRunner(
+        model,
+        kv,
+        CudaStream(device),
+        num_blocks=memory.num_blocks,
+        max_model_len=memory.max_model_len,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_tokens=config.scheduler.max_num_batched_tokens,
+        device=device,
+        with_graphs=not config.model.enforce_eager,
+    )
 
 
 def _report_progress(control: ControlChannel) -> Callable[[int, int], None]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from llmd.protocol.generation import SamplingParams
 from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
 from llmd_kernels import RowSampling
 
@@ -39,24 +40,28 @@ class Sequences:
 
 
 def _copy(new: NewSequence) -> SequenceCopy:
-    sampling = new.sampling
     return SequenceCopy(
         token_ids=list(new.token_ids),
         num_prompt_tokens=new.num_prompt_tokens,
-        num_prompt_logprobs=sampling.num_prompt_logprobs,
-        sampling=RowSampling(
-            seed=sampling.seed,
-            choice=sampling.choice,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            logit_bias=sampling.logit_bias,
-            min_tokens=sampling.min_tokens,
-            stop_token_ids=sampling.stop_token_ids,
-            num_logprobs=sampling.num_logprobs,
-        ),
+        num_prompt_logprobs=new.sampling.num_prompt_logprobs,
+        sampling=row_sampling(new.sampling),
+    )
+
+
+def row_sampling(sampling: SamplingParams) -> RowSampling:
+    """What drawing must know of a request's parameters."""
+    return RowSampling(
+        seed=sampling.seed,
+        choice=sampling.choice,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=sampling.logit_bias,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+        num_logprobs=sampling.num_logprobs,
     )

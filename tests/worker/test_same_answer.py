@@ -1,66 +1,24 @@
 """Contract C3: a request's tokens and their log-probabilities are bitwise the same alone, in a batch, chunked, from the
 cache, preempted and resumed. The real scheduler and the real runner in one process, on a tiny model."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.scheduler import Scheduler
-from llmd.engine.sequence import ConnectionId
 from llmd.model.checkpoint import load_decoder
 from llmd.model.decoder import Decoder
 from llmd.model.kv_cache import allocate_kv_cache
-from llmd.protocol.generation import GenerateRequest, SamplingParams, TokenLogprobs
-from llmd.worker.runner import Runner
+from llmd.protocol.generation import GenerateRequest
+from llmd.worker.cpu_runner import CpuRunner
+from tests.worker.engine import BLOCK_SIZE, Answer, Engine, generate_request
 
-CONNECTION = ConnectionId(0)
-BLOCK_SIZE = 16
 CPU = torch.device("cpu")
 PROMPT = [(7 * i * i + 3 * i) % 251 for i in range(150)]
 NUM_TOKENS = 24
-
-
-@dataclass
-class Answer:
-    """What a client would have heard."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] | None = None
-    num_cached_tokens: int | None = None
-
-
-@dataclass
-class Engine:
-    """Scheduler and runner, with as many plans between them as the scheduler allows."""
-
-    scheduler: Scheduler
-    runner: Runner
-
-    def run(self, requests: Iterable[GenerateRequest]) -> dict[int, Answer]:
-        """All requests to their end."""
-        answers: dict[int, Answer] = {}
-        for request in requests:
-            answers[request.request_id] = Answer()
-            assert self.scheduler.add(request, connection=CONNECTION) is None
-        plans = []
-        while not self.scheduler.is_idle:
-            while plan := self.scheduler.plan():
-                plans.append(plan)
-            for event in self.scheduler.commit(self.runner.execute(plans.pop(0))).get(CONNECTION, []):
-                answer = answers[event.request_id]
-                answer.token_ids += event.token_ids
-                answer.logprobs += event.logprobs
-                if event.prompt_logprobs is not None:
-                    answer.prompt_logprobs = event.prompt_logprobs
-                if event.num_cached_tokens is not None:
-                    answer.num_cached_tokens = event.num_cached_tokens
-        self.scheduler.check()
-        return answers
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +43,11 @@ def make_engine(
         num_blocks=num_blocks,
         max_model_len=512,
     )
-    return Engine(scheduler, Runner(decoder, kv, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=CPU))
+    return Engine(scheduler, CpuRunner(decoder, kv, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=CPU))
 
 
-def request(request_id: int = 0, *, prompt: list[int] = PROMPT, seed: int = 5, **parameters: object) -> GenerateRequest:
-    output = parameters.pop("output_token_ids", [])
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, seed=seed, num_logprobs=3, **parameters)  # type: ignore[arg-type]
-    return GenerateRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, output_token_ids=output)
+def request(request_id: int = 0, *, prompt: list[int] = PROMPT, seed: int = 5, **parameters: Any) -> GenerateRequest:
+    return generate_request(request_id, prompt, max_tokens=NUM_TOKENS, seed=seed, num_logprobs=3, **parameters)
 
 
 def others(count: int) -> list[GenerateRequest]:

@@ -1,0 +1,299 @@
+"""Steps on a GPU: the host says which rows run, the device knows their tokens. Nothing here waits for the device but
+the results, so that the next step is on its way while one runs. Runs plans strictly in the order given.
+
+Decode steps run in buckets of rows, as graphs; the launches of all others are made one by one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmd.model.decode_sizes import sizes_for
+from llmd.model.inputs import ModelInputs
+from llmd.model.kv_cache import KvCache
+from llmd.protocol.steps import StepPlan, StepResult
+from llmd.worker.answers import LaunchedStep, LogprobsTable
+from llmd.worker.captured_work import CapturedWork
+from llmd.worker.decode_bucket import DecodeBucket, DecodeKind, allocate_bucket
+from llmd.worker.places import Places, Row, wanted_prompt_ids
+from llmd.worker.runner import DoneStep, PendingStep
+from llmd.worker.step_buffer import PackedStep, draws_of, pack, step_of
+from llmd.worker.stream import Stream
+from llmd_kernels import (
+    AttentionBatch,
+    AttentionWork,
+    DeviceSampling,
+    HostLens,
+    LayerKind,
+    NewEntries,
+    StepInputs,
+    allocate_inputs,
+    allocate_tables,
+    allocate_work,
+    append_token_ids,
+    sample_on_device,
+    step_inputs,
+    token_logprobs_on_device,
+    write_differences,
+)
+
+# Numbers that a captured step may be sent: 256 rows take 4,000, the rest is for the tokens of new sequences.
+_CAPTURED_NUMBERS = 1 << 16
+# Where a library serves a dtype that has no kernel of its own: with such a number of rows it sums in one order.
+_TOKEN_MULTIPLE = 8
+
+
+class Model(Protocol):
+    """What the runner asks of a network."""
+
+    @property
+    def layer_kinds(self) -> Sequence[LayerKind]:
+        """What attention's work lists must be made for."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether `draw` may be called."""
+
+    def hidden(self, inputs: ModelInputs, kv: KvCache) -> Tensor:
+        """What the head reads, [num_logits, hidden_size]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [num_logits, vocab] float32."""
+
+    def draw(self, hidden: Tensor, sampling: DeviceSampling) -> Tensor:
+        """Tokens [num_logits] int64, drawn plainly, by the first rows of `sampling`; no logits are written."""
+
+
+class GpuRunner:
+    """Runs plans. `num_blocks` is what the scheduler may use; the cache has one more, for padding tokens.
+
+    with_graphs: capture decode steps. Where attention has no kernel for the model they are launched one by one too.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KvCache,
+        stream: Stream,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        device: torch.device,
+        with_graphs: bool = True,
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._stream = stream
+        self._device = device
+        self._max_model_len = max_model_len
+        self._max_num_seqs = max_num_seqs
+        self._padding_slot = num_blocks * kv.block_size
+        self._places = Places(max_num_seqs)
+        self._tables = allocate_tables(max_num_seqs, max_model_len, block_size=kv.block_size, device=device)
+        # of steps whose launches are made one by one: each uses as much of them as it needs
+        num_logits = max_num_tokens + max_num_seqs
+        num_tokens = _padded(max_num_tokens)
+        self._inputs = allocate_inputs(max_num_seqs, num_tokens, num_logits, device=device)
+
+        self._sizes = sizes_for(max_num_seqs)
+        self._buckets: dict[int, DecodeBucket] = {}
+        self._numbers = torch.zeros(_CAPTURED_NUMBERS, dtype=torch.int32, device=device)
+        self._drawn = torch.zeros(self._sizes[-1], dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(self._sizes[-1], model.hidden_size, dtype=model.dtype, device=device)
+        # that of the largest bucket has room for what the programs of all others hand to one another
+        self._largest_work: AttentionWork | None = None
+        if with_graphs:
+            self._largest_work = self._allocate_work(self._sizes[-1])
+        endings = [True, False] if model.can_draw else [False]
+        kinds = [DecodeKind(size, draws) for draws in endings for size in self._sizes]
+        self._decode = CapturedWork(stream, self._run_decode, kinds if self.has_graphs else [])
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are captured."""
+        return self._largest_work is not None
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Put one step into the device's queue."""
+        rows, new_entries = self._places.take_in(plan)
+        if not rows:
+            return DoneStep(StepResult(step_id=plan.step_id, results=[]))
+        if self.has_graphs and (size := self._bucket_size(rows)) is not None:
+            packed = pack(rows, new_entries, max_rows=size, can_draw=self._model.can_draw)
+            if len(packed.numbers) <= _CAPTURED_NUMBERS:
+                return self._launch_decode(plan.step_id, rows, packed)
+        return self._launch_eagerly(plan.step_id, rows, new_entries)
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Capture one kind of decode step, by steps without rows: they change nothing."""
+        kind = self._decode.next_to_capture()
+        if kind is None:
+            return False
+        self._allocate_bucket(kind.max_rows)
+        self._stream.upload(pack([], [], max_rows=kind.max_rows, can_draw=kind.draws).numbers, self._numbers)
+        # the first time loads what it launches, the second time it is captured
+        self._decode.run(kind)
+        self._decode.run(kind)
+        return True
+
+    def _bucket_size(self, rows: list[Row]) -> int | None:
+        """The bucket for a step of these rows; None if it is no decode step or too large."""
+        if any(step.num_tokens > 1 for step, _ in rows) or any(map(wanted_prompt_ids, rows)):
+            return None
+        return next((size for size in self._sizes if size >= len(rows)), None)
+
+    def _launch_decode(self, step_id: int, rows: list[Row], packed: PackedStep) -> PendingStep:
+        kind = DecodeKind(packed.max_rows, packed.draws_plainly)
+        self._allocate_bucket(kind.max_rows)
+        self._stream.upload(packed.numbers, self._numbers)
+        self._decode.run(kind)
+        if kind.draws:
+            num_drawn = sum(step.samples for step, _ in rows)
+            return LaunchedStep(step_id, rows, self._drawn[:num_drawn], self._stream)
+        hidden = self._hidden[: kind.max_rows]
+        return self._finish(step_id, rows, packed, self._numbers, hidden, self._buckets[kind.max_rows].inputs)
+
+    def _run_decode(self, kind: DecodeKind) -> None:
+        """What is captured: it reads and writes memory at fixed addresses alone."""
+        bucket, max_rows = self._buckets[kind.max_rows], kind.max_rows
+        self._take_in_step(self._numbers, bucket.inputs, bucket.work_lists)
+        hidden = self._model.hidden(bucket.model_inputs, self._kv)
+        if kind.draws:
+            sampling = draws_of(self._numbers, max_rows=max_rows, history=self._tables.token_ids)
+            drawn = self._model.draw(hidden, sampling)
+            append_token_ids(drawn, self._tables, bucket.inputs)
+            self._drawn[:max_rows].copy_(drawn)
+        else:
+            self._hidden[:max_rows].copy_(hidden)
+
+    def _take_in_step(self, numbers: Tensor, inputs: StepInputs, work_lists: AttentionWork | None) -> None:
+        """What the host has sent → the tables, and the inputs of the step."""
+        max_rows = len(inputs.kv_lens)
+        step = step_of(numbers, max_rows=max_rows)
+        write_differences(step, self._tables, max_rows=max_rows)
+        step_inputs(
+            step,
+            self._tables,
+            inputs,
+            block_size=self._kv.block_size,
+            padding_slot=self._padding_slot,
+            work_lists=work_lists,
+        )
+
+    def _launch_eagerly(self, step_id: int, rows: list[Row], new_entries: list[NewEntries]) -> PendingStep:
+        packed = pack(rows, new_entries, max_rows=self._max_num_seqs, can_draw=self._model.can_draw)
+        numbers = torch.empty(len(packed.numbers), dtype=torch.int32, device=self._device)
+        self._stream.upload(packed.numbers, numbers)
+        num_tokens = _padded(sum(step.num_tokens for step, _ in rows))
+        num_logits = sum(len(wanted_prompt_ids(row)) + row[0].samples for row in rows)
+        inputs = replace(
+            self._inputs,
+            token_ids=self._inputs.token_ids[:num_tokens],
+            positions=self._inputs.positions[:num_tokens],
+            slots=self._inputs.slots[:num_tokens],
+            logit_rows=self._inputs.logit_rows[:num_logits],
+        )
+        self._take_in_step(numbers, inputs, None)
+        model_inputs = ModelInputs(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            slots=inputs.slots,
+            attention=self._attention(rows, inputs),
+            logit_rows=inputs.logit_rows,
+        )
+        hidden = self._model.hidden(model_inputs, self._kv)
+        return self._finish(step_id, rows, packed, numbers, hidden, inputs)
+
+    def _attention(self, rows: list[Row], inputs: StepInputs) -> AttentionBatch:
+        """Its work list is made on the host, which knows all lengths: so it is as long as this step needs."""
+        steps = [step for step, _ in rows]
+        on_host = HostLens(
+            query_starts=np.cumsum([0, *(step.num_tokens for step in steps)]),
+            kv_lens=np.array([step.start + step.num_tokens for step in steps]),
+            places=np.array([sequence.place for _, sequence in rows]),
+        )
+        return AttentionBatch(
+            inputs.query_starts[: len(rows) + 1],
+            inputs.kv_lens[: len(rows)],
+            self._tables.block_tables,
+            self._kv.block_size,
+            places=inputs.places[: len(rows)],
+            on_host=on_host,
+        )
+
+    def _finish(
+        self, step_id: int, rows: list[Row], packed: PackedStep, numbers: Tensor, hidden: Tensor, inputs: StepInputs
+    ) -> PendingStep:
+        """Draw from hidden states, whatever the rows ask for. Prompt tokens' states come before each row's own."""
+        owners = [index for index, (step, _) in enumerate(rows) if step.samples]
+        tables = list(self._prompt_logprobs(rows, hidden))
+        drawn = self._drawn[:0]
+        if owners:
+            own = hidden[inputs.sampled_logits[: len(owners)]] if tables else hidden[: len(owners)]
+            sampling = packed.sampling_of(numbers, history=self._tables.token_ids)
+            if packed.draws_plainly:
+                drawn = self._model.draw(own, sampling)
+            else:
+                logits = self._model.logits(own)
+                drawn = sample_on_device(logits, sampling)
+                asked = [n for owner in owners if (n := rows[owner][1].num_logprobs) is not None]
+                if asked:
+                    logprobs = token_logprobs_on_device(logits, drawn, max(asked))
+                    tables.append(LogprobsTable(logprobs, owners, of_prompt=False))
+            append_token_ids(drawn, self._tables, inputs)
+        return LaunchedStep(step_id, rows, drawn, self._stream, logprobs=tables)
+
+    def _prompt_logprobs(self, rows: list[Row], hidden: Tensor) -> Iterator[LogprobsTable]:
+        """In slabs, because logits of many tokens are large."""
+        first = 0
+        for index, row in enumerate(rows):
+            wanted = wanted_prompt_ids(row)
+            num_top = row[1].num_prompt_logprobs or 0
+            for start in range(0, len(wanted), self._max_num_seqs):
+                slab = wanted[start : start + self._max_num_seqs]
+                token_ids = torch.empty(len(slab), dtype=torch.int32, device=self._device)
+                self._stream.upload(np.array(slab, np.int32), token_ids)
+                logits = self._model.logits(hidden[first + start : first + start + len(slab)])
+                logprobs = token_logprobs_on_device(logits, token_ids.long(), num_top)
+                yield LogprobsTable(logprobs, [index] * len(slab), of_prompt=True)
+            first += len(wanted) + row[0].samples
+
+    def _allocate_bucket(self, size: int) -> None:
+        """Once for each."""
+        if size not in self._buckets:
+            work_lists = self._allocate_work(size)
+            assert work_lists is not None
+            self._buckets[size] = allocate_bucket(
+                size, self._tables, work_lists, block_size=self._kv.block_size, device=self._device
+            )
+
+    def _allocate_work(self, size: int) -> AttentionWork | None:
+        return allocate_work(
+            self._model.layer_kinds,
+            max_seqs=size,
+            max_tokens=size,
+            max_len=self._max_model_len,
+            block_size=self._kv.block_size,
+            q_dtype=self._model.dtype,
+            cache_dtype=self._kv.layers[0].k.dtype,
+            device=self._device,
+            scratch=None if self._largest_work is None else self._largest_work.scratch,
+        )
+
+
+def _padded(num_tokens: int) -> int:
+    return -(-num_tokens // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE

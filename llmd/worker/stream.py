@@ -1,0 +1,84 @@
+"""A device's queue of work as the runner needs it: copies that nobody waits for, and graphs that repeat recorded work.
+
+Knows nothing of steps and models.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Download(Protocol):
+    """A copy on its way from the device."""
+
+    def wait(self) -> Tensor:
+        """The numbers in the host's memory, once they are there. Any thread may wait."""
+
+
+class Stream(Protocol):
+    """Work runs in the order in which it is put in; nothing here waits for the device but `Download.wait`."""
+
+    def upload(self, numbers: npt.NDArray[np.int32], target: Tensor) -> None:
+        """Copy to the first numbers of `target` (int32, on the device). The array may be changed right after."""
+
+    def download(self, source: Tensor) -> Download:
+        """Copy what `source` holds when the work before is done."""
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Record the operations of `work` without running them → a function that runs them.
+
+        They read and write the same memory each time, and every number that the host gave them stays as it was. What
+        they allocate is theirs only until other work is put in: a result must be copied to memory from outside.
+        `work` must have run before, so that its kernels are compiled and loaded.
+        """
+
+
+class CudaStream:
+    """A stream of its own on a GPU, which becomes the calling thread's current one: graphs need one that is not the
+    default. Copies go through pinned memory, which PyTorch keeps and gives out again once the device is done with it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._graph_memory = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # weights may still be on their way
+        stream.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.set_stream(stream)
+
+    def upload(self, numbers: npt.NDArray[np.int32], target: Tensor) -> None:
+        pinned = torch.empty(len(numbers), dtype=torch.int32, pin_memory=True)
+        pinned.numpy()[:] = numbers
+        target[: len(numbers)].copy_(pinned, non_blocking=True)
+
+    def download(self, source: Tensor) -> Download:
+        pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        pinned.copy_(source, non_blocking=True)
+        # who waits for it sleeps: the core is the one's that launches the next step
+        arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        arrived.record()
+        return _CudaDownload(pinned, arrived)
+
+    def capture(self, work: Callable[[], object]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # one pool for all graphs, which never run at the same time; another thread may be waiting for a download
+        graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class _CudaDownload:
+    def __init__(self, pinned: Tensor, arrived: torch.cuda.Event) -> None:
+        self._pinned = pinned
+        self._arrived = arrived
+
+    def wait(self) -> Tensor:
+        self._arrived.synchronize()
+        return self._pinned

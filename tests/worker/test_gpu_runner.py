@@ -1,0 +1,262 @@
+"""The step of a GPU, on CPU tensors: Triton's kernels in the interpreter, graphs recorded and replayed.
+
+It gives the tokens of the CPU's runner, and bitwise the same ones alone, in company, in chunks, preempted, and whether
+steps run as graphs or not.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from make_tiny_model import make_tiny_model
+
+import llmd_kernels
+from llmd.config import CacheConfig, SchedulerConfig
+from llmd.engine.scheduler import Scheduler
+from llmd.model import decode_sizes
+from llmd.model import decoder as decoder_module
+from llmd.model.checkpoint import load_decoder
+from llmd.model.decoder import Decoder
+from llmd.model.kv_cache import allocate_kv_cache
+from llmd.protocol.generation import GenerateRequest
+from llmd.protocol.steps import StepPlan
+from llmd.worker import gpu_runner
+from llmd.worker.cpu_runner import CpuRunner
+from llmd.worker.gpu_runner import GpuRunner
+from llmd.worker.runner import PendingStep, Runner
+from llmd_kernels import dispatch
+from llmd_kernels.paged_attention import tiles, triton_ops
+from tests.kernels.proof.interpreter import interpreted
+from tests.kernels.proof.memory import Memory
+from tests.worker.engine import BLOCK_SIZE, Answer, Engine, generate_request
+from tests.worker.recorder import RecordingStream, no_waiting
+
+# Triton looks at a kernel when its module is imported: before the interpreter is on
+for module in pkgutil.walk_packages(llmd_kernels.__path__, "llmd_kernels."):
+    importlib.import_module(module.name)
+
+CPU = torch.device("cpu")
+MAX_MODEL_LEN = 128
+MAX_NUM_SEQS = 12
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As small as a model can be: the interpreter takes a tenth of a second for a launch."""
+    folder = tmp_path_factory.mktemp("models") / "smallest"
+    return make_tiny_model(
+        folder, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, seed=1
+    )
+
+
+@pytest.fixture(scope="module")
+def cpu_decoder(model_dir: Path) -> Decoder:
+    return load_decoder(model_dir, dtype=torch.float32, device=CPU, max_model_len=MAX_MODEL_LEN)
+
+
+@pytest.fixture(scope="module")
+def gpu_decoder(model_dir: Path) -> Decoder:
+    with pytest.MonkeyPatch.context() as patch:
+        # a GPU reads weights as they are
+        patch.setattr(decoder_module, "pack_weight", lambda weight: weight)
+        return load_decoder(model_dir, dtype=torch.float32, device=CPU, max_model_len=MAX_MODEL_LEN)
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """CPU tensors are a GPU's: with two processors, and splits so short that tiny contexts have several."""
+    with pytest.MonkeyPatch.context() as patch, interpreted():
+        patch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
+        patch.setattr(triton_ops, "processors", lambda _: triton_ops.Processors("sm_90", 2))
+        # races are looked for where each kernel is proven; here all padding tokens write to the same slot
+        patch.setattr(Memory, "_note", lambda *_, **__: None)
+        patch.setitem(tiles.TABLE, ("sm_90", 64, "32"), tiles.TileConfig(16, 16, 32, 4, 1, 1))
+        yield
+
+
+@dataclass
+class NeverWaiting:
+    """A runner whose launches must not wait for the device."""
+
+    runner: Runner
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        with no_waiting():
+            return self.runner.launch(plan)
+
+    def prepare(self) -> bool:
+        with no_waiting():
+            return self.runner.prepare()
+
+
+def make_scheduler(num_blocks: int, max_num_batched_tokens: int, *, prefix_caching: bool = False) -> Scheduler:
+    return Scheduler(
+        CacheConfig(block_size=BLOCK_SIZE, prefix_caching=prefix_caching),
+        SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=MAX_NUM_SEQS),
+        num_blocks=num_blocks,
+        max_model_len=MAX_MODEL_LEN,
+    )
+
+
+def cache(decoder: Decoder, num_blocks: int) -> Any:
+    return allocate_kv_cache(
+        decoder.spec, num_blocks=num_blocks + 1, block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU
+    )
+
+
+def cpu_engine(decoder: Decoder, *, num_blocks: int = 100, chunk: int = 64) -> Engine:
+    runner = CpuRunner(decoder, cache(decoder, num_blocks), num_blocks=num_blocks, block_size=BLOCK_SIZE, device=CPU)
+    return Engine(make_scheduler(num_blocks, chunk), runner)
+
+
+@dataclass
+class GpuRun:
+    """What came of it."""
+
+    answers: dict[int, Answer]
+    stream: RecordingStream
+    scheduler: Scheduler
+
+
+def run_on_gpu(
+    decoder: Decoder,
+    *batches: list[GenerateRequest],
+    num_blocks: int = 100,
+    chunk: int = 64,
+    with_graphs: bool = True,
+    prefix_caching: bool = False,
+    num_prepared: int = 0,
+) -> GpuRun:
+    """One batch of requests to its end, then the next. num_prepared: how often the runner may prepare itself first."""
+    with pretended_gpu():
+        stream = RecordingStream()
+        runner = GpuRunner(
+            decoder,
+            cache(decoder, num_blocks),
+            stream,
+            num_blocks=num_blocks,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_tokens=chunk,
+            device=CPU,
+            with_graphs=with_graphs,
+        )
+        engine = Engine(make_scheduler(num_blocks, chunk, prefix_caching=prefix_caching), NeverWaiting(runner))
+        for _ in range(num_prepared):
+            engine.runner.prepare()
+        answers: dict[int, Answer] = {}
+        for requests in batches:
+            answers |= engine.run(requests)
+    return GpuRun(answers, stream, engine.scheduler)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return [(seed * 31 + 7 * i * i + 3 * i) % 251 for i in range(length)]
+
+
+SAMPLINGS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "num_logprobs": 3, "num_prompt_logprobs": 2},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "seed": 1 << 63, "choice": 5},
+    {"temperature": 0.9, "top_k": 5, "seed": 8},
+    {"temperature": 1.1, "top_p": 0.7, "min_p": 0.01, "seed": 9},
+    {"temperature": 0.8, "repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1, "seed": 4},
+    {"temperature": 0.0, "logit_bias": {7: 3.0, 8: -100.0}},
+    {"temperature": 1.0, "min_tokens": 3, "stop_token_ids": (5, 6, 7), "seed": 2},
+]
+
+
+def close(entries: list[Any], expected: list[Any]) -> None:
+    assert len(entries) == len(expected)
+    for entry, other in zip(entries, expected, strict=True):
+        assert (entry.token_id, entry.rank, entry.top_ids) == (other.token_id, other.rank, other.top_ids)
+        assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert entry.top_logprobs == pytest.approx(other.top_logprobs, abs=1e-4)
+
+
+def assert_same(run: GpuRun, expected: dict[int, Answer]) -> None:
+    """The tokens of a CPU; its log-probabilities but for rounding."""
+    for request_id, answer in expected.items():
+        assert run.answers[request_id].token_ids == answer.token_ids
+        close(run.answers[request_id].logprobs, answer.logprobs)
+        close(run.answers[request_id].prompt_logprobs or [], answer.prompt_logprobs or [])
+
+
+def test_every_way_of_drawing(cpu_decoder: Decoder, gpu_decoder: Decoder) -> None:
+    """With prompts in chunks, and decode steps mixed with them."""
+    requests = [generate_request(i, prompt(2 + i, i), max_tokens=3, **sampling) for i, sampling in enumerate(SAMPLINGS)]
+    run = run_on_gpu(gpu_decoder, requests, chunk=16)
+    assert_same(run, cpu_engine(cpu_decoder, chunk=16).run(requests))
+
+
+def test_decode_steps_of_many_sizes(cpu_decoder: Decoder, gpu_decoder: Decoder) -> None:
+    """Places are given anew while steps of their last owners are in flight; drawn tokens never come from the host."""
+    first, second = (
+        [
+            generate_request(i, prompt(3 + i, i), max_tokens=10 - 2 * (i % 4), temperature=i % 2, seed=i)
+            for i in range(start, start + 4)
+        ]
+        for start in (0, 4)
+    )
+    run = run_on_gpu(gpu_decoder, first, second)
+    cpu = cpu_engine(cpu_decoder)
+    assert_same(run, cpu.run(first) | cpu.run(second))
+    # buckets of one, two and four rows, each captured at its second step; one copy to the device a step, one back
+    assert run.stream.num_captures == 3
+    assert run.stream.num_replays > 6
+    assert run.stream.num_uploads == run.stream.num_downloads == run.scheduler.statistics().num_steps
+
+
+def test_preempted_sequences_come_again(cpu_decoder: Decoder, gpu_decoder: Decoder) -> None:
+    requests = [generate_request(i, prompt(14, i), max_tokens=6, temperature=0.0) for i in range(3)]
+    # room for the prompts, not for the answers: the last one has to go, and comes again
+    run = run_on_gpu(gpu_decoder, requests, num_blocks=4)
+    assert run.scheduler.statistics().num_preemptions > 0
+    assert_same(run, cpu_engine(cpu_decoder).run(requests))
+
+
+def test_no_bit_depends_on_how_a_request_is_run(gpu_decoder: Decoder) -> None:
+    """Contract C3, for tokens and log-probabilities."""
+    target = generate_request(0, prompt(35, 5), max_tokens=4, temperature=0.8, seed=7, num_logprobs=3)
+    company = [generate_request(i, prompt(6 * i, i), max_tokens=3, temperature=0.0) for i in (1, 2, 3)]
+    alone = run_on_gpu(gpu_decoder, [target])
+    again = generate_request(9, target.prompt_token_ids, max_tokens=4, temperature=0.8, seed=7, num_logprobs=3)
+    cached = run_on_gpu(gpu_decoder, [target], [again], prefix_caching=True)
+    assert cached.answers[9].num_cached_tokens == 32
+    for answer in (
+        run_on_gpu(gpu_decoder, [target], with_graphs=False).answers[0],
+        run_on_gpu(gpu_decoder, [*company[:2], target, *company[2:]], chunk=24).answers[0],
+        cached.answers[9],
+    ):
+        assert answer.token_ids == alone.answers[0].token_ids
+        assert answer.logprobs == alone.answers[0].logprobs
+    assert alone.stream.num_replays > 0
+
+
+def test_graphs_are_made_while_nothing_runs(gpu_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_sizes, "SIZES", (1, 2))
+    request = generate_request(0, prompt(3, 1), max_tokens=4, temperature=0.0)
+    prepared, unprepared = (run_on_gpu(gpu_decoder, [request], num_prepared=n) for n in (10, 0))
+    assert prepared.stream.num_captures == 4
+    assert unprepared.stream.num_captures == 1
+    assert prepared.answers[0].token_ids == unprepared.answers[0].token_ids
+
+
+def test_a_prompt_too_long_for_a_captured_step_is_sent_otherwise(
+    gpu_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = prompt(33, 1)
+    requests = [generate_request(i, long, max_tokens=2, temperature=0.0) for i in (0, 1)]
+    whole = run_on_gpu(gpu_decoder, requests[:1], requests[1:], prefix_caching=True)
+    # all of the second prompt but its last token is cached: that is a decode step with many new numbers
+    monkeypatch.setattr(gpu_runner, "_CAPTURED_NUMBERS", 100)
+    small = run_on_gpu(gpu_decoder, requests[:1], requests[1:], prefix_caching=True)
+    assert small.answers[1].num_cached_tokens == 32
+    assert small.answers[1].token_ids == whole.answers[1].token_ids == whole.answers[0].token_ids
