@@ -31,6 +31,7 @@ def plan(
     num_blocks: int | None = None,
     kv_dtype_bytes: int = 2,
     spec: ModelSpec = SPEC,
+    enforce_eager: bool = False,
     **cache: Any,
 ) -> MemoryLedger:
     return plan_memory(
@@ -39,7 +40,7 @@ def plan(
         kv_dtype_bytes=kv_dtype_bytes,
         available_bytes=int(available),
         on_cpu=on_cpu,
-        model=ModelConfig(cache_dir="", served_names=("m",), max_model_len=max_model_len),
+        model=ModelConfig(cache_dir="", served_names=("m",), max_model_len=max_model_len, enforce_eager=enforce_eager),
         cache=CacheConfig(**cache),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256),
         num_blocks=num_blocks,
@@ -60,6 +61,16 @@ def test_a_cache_of_one_byte_a_number_holds_nearly_twice_as_many_tokens() -> Non
     assert small.num_blocks / usual.num_blocks == pytest.approx(128 / 68, rel=0.01)
     block = small.block_size * kv_bytes_per_token(SPEC, dtype_bytes=1)
     assert small.kv_cache == (small.num_blocks + 1) * block
+
+
+def test_a_gpu_keeps_sequences_and_graphs() -> None:
+    cpu, eager, captured = (
+        plan(64 * GIB, on_cpu=on_cpu, enforce_eager=enforce_eager)
+        for on_cpu, enforce_eager in ((True, False), (False, True), (False, False))
+    )
+    tables = 16 * (32768 + 32768 // 16) * 4
+    assert cpu.activations + tables < eager.activations < captured.activations
+    assert captured.weights + captured.activations + captured.kv_cache + captured.free == 64 * GIB
 
 
 def test_enough_memory_reduces_nothing() -> None:
