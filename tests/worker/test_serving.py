@@ -47,9 +47,10 @@ class HeldRunner:
 
     def prepare(self) -> bool:
         if self.num_to_prepare == 0:
-            self.prepared.set()
             return False
         self.num_to_prepare -= 1
+        if self.num_to_prepare == 0:
+            self.prepared.set()
         return True
 
 
@@ -123,11 +124,16 @@ def assert_true(value: bool) -> None:
 
 
 def test_an_idle_runner_prepares_itself(rank: Rank) -> None:
-    rank.runner.num_to_prepare = 3
     rank.engine.send(0)
-    next_step(rank).finish()
+    step = next_step(rank)
+    # not while a step is in flight
+    rank.runner.num_to_prepare = 3
+    rank.engine.send(1)
+    second = next_step(rank)
+    assert rank.runner.num_to_prepare == 3
+    step.finish()
+    second.finish()
     assert rank.runner.prepared.wait(TIMEOUT)
-    assert rank.runner.num_to_prepare == 0
 
 
 def test_an_engine_that_goes_while_steps_run_is_a_clean_end(rank: Rank) -> None:
