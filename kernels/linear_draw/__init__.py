@@ -1,6 +1,5 @@
 """The last linear and the draw in one: logits are never written."""
 
-import torch
 from torch import Tensor
 
 from llmd_kernels.dispatch import uses_triton
@@ -25,7 +24,8 @@ def linear_draw(
     `linear`, `scale_logits` and `sample_on_device` one after another.
     """
     keys = {"seeds": seeds, "choices": choices, "positions": positions}
-    if uses_triton(x, weight) and x.dtype != torch.float32:
+    # What was packed for a CPU has no rows to point at.
+    if uses_triton(x, weight) and not weight.is_mkldnn:
         from llmd_kernels.linear_draw import triton_ops
 
         return triton_ops.linear_draw(x, weight, temperatures, **keys, divisor=divisor, soft_cap=soft_cap)

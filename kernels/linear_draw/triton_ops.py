@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmd_kernels.linear.triton_ops import BLOCK_K, span_of, span_sum, tile_of
+from llmd_kernels.linear.triton_ops import BLOCK_K, span_of, span_sum, tile, tile_of
 from llmd_kernels.linear.triton_ops import GROUP as TOKEN_TILES_TOGETHER
 from llmd_kernels.sample.triton_noise import best_of, gumbel, noisy, pick_kernel
 from llmd_kernels.scale_logits.triton_ops import scaled
@@ -40,7 +40,7 @@ def linear_draw(
     num_tiles = triton.cdiv(num_tokens, OUTPUTS)
     best_scores = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=x.device)
     best_ids = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=x.device)
-    tile_rows = min(max(16, triton.next_power_of_2(num_rows)), MAX_ROWS)
+    _, tile_rows, num_warps, num_stages = tile(min(num_rows, MAX_ROWS), itemsize=x.itemsize)
     linear_draw_kernel[(num_tiles * triton.cdiv(num_rows, tile_rows),)](
         x,
         weight,
@@ -64,8 +64,8 @@ def linear_draw(
         ROWS=tile_rows,
         BLOCK=BLOCK_K,
         GROUP_SIZE=TOKEN_TILES_TOGETHER,
-        num_warps=4,
-        num_stages=5,
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     pick_kernel[(num_rows,)](
         best_scores, best_ids, token_ids, num_tiles, num_tokens, PARTS=min(1024, triton.next_power_of_2(num_tiles))

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmd_kernels.sample.device import FILTERS, DeviceSampling
 from llmd_kernels.sample.triton_adjust import load_scores
 from llmd_kernels.sample.triton_noise import best_of, gumbel_of_ids, noisy
+from llmd_kernels.sample.triton_ranks import ranks_of, units_of, wanted_units, weights_of
 
 # Token ids that share one maximum.
 GROUP = 128
@@ -106,32 +107,6 @@ def draw_filtered(
 @triton.jit
 def is_filtered(flags, row):
     return (tl.load(flags + row) & HAS_FILTERS) != 0
-
-
-@triton.jit
-def weights_of(scores, largest, temperature):
-    """exp((score - largest) / temperature): 1 for the largest, 0 for -inf."""
-    return tl.where(scores > float("-inf"), tl.exp((scores - largest) / temperature), 0.0)
-
-
-@triton.jit
-def units_of(weights):
-    """Weights in units of 2**-40, whose sums over a vocabulary are exact."""
-    return (weights * 1099511627776.0).to(tl.int64)
-
-
-@triton.jit
-def ranks_of(scores, ids):
-    """int64 that order tokens: larger scores first, of equal ones the lower id; all different."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ordered.to(tl.int64) * 1048576 + (1048575 - ids)
-
-
-@triton.jit
-def wanted_units(total, top_p):
-    """The least number of units that reaches top_p of the total."""
-    return tl.ceil(total.to(tl.float64) * top_p.to(tl.float64)).to(tl.int64)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llmd_kernels.sample.device import DeviceSampling
 from llmd_kernels.sample.triton_adjust import adjusted, load_scores
-from llmd_kernels.sample.triton_filters import GROUP, draw_filtered, is_filtered, weights_of
+from llmd_kernels.sample.triton_filters import GROUP, draw_filtered, is_filtered
 from llmd_kernels.sample.triton_noise import best_of, gumbel, noisy, pick_kernel
+from llmd_kernels.sample.triton_ranks import weights_of
 
 # Token ids of one program.
 CHUNK = 4096

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmd_kernels.linear_draw import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
-from tests.kernels.proof.inputs import apart, dtype_name, meta
+from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta
 from tests.kernels.proof.operations.linear import MATRIX
 
 
@@ -38,7 +38,7 @@ def arguments(
 
 
 def cases() -> Iterator[Case]:
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in FLOATS:
         for num_rows, hidden_size, num_tokens in ((0, 64, 64), (1, 64, 65), (5, 100, 70), (17, 65, 130)):
             name = f"{dtype_name(dtype)} {num_rows}×{hidden_size} → {num_tokens}"
             yield Case(name, arguments(num_rows, hidden_size, num_tokens, dtype) | keys(num_rows))
@@ -72,7 +72,7 @@ def rows(hidden_size: int, num_tokens: int) -> Rows:
 def configurations() -> Iterator[Configuration]:
     for hidden_size, num_tokens in ((576, 49152), (4096, 128256), (4096, 151936), (3584, 256000)):
         for num_rows in (16, 32, 64, 256):
-            for dtype in (torch.bfloat16, torch.float16):
+            for dtype in FLOATS:
 
                 def call(
                     hidden_size: int = hidden_size,
@@ -95,7 +95,7 @@ def configurations() -> Iterator[Configuration]:
                     f"{dtype_name(dtype)} {num_rows}×{hidden_size} → {num_tokens}",
                     call,
                     vector_share=0.0,
-                    matrix=MATRIX,
+                    matrix={} if dtype == torch.float32 else MATRIX,
                 )
 
 
