@@ -73,8 +73,7 @@ def interpreted(
 
     scope = stock._LangPatchScope()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
-    with triton.knobs.runtime.scope(), np.errstate(all="ignore"):
-        triton.knobs.runtime.interpret = True
+    with np.errstate(all="ignore"):
         scope.set_attr(JITFunction, "run", run)
         scope.set_attr(JITFunction, "__call__", call)
         # Only with deterministic algorithms does torch fill what it allocates.
@@ -154,7 +153,10 @@ def _language_of(builder: Builder) -> Iterator[None]:
         for module in (libdevice, cuda):
             for name, replacement in _replacements(module).items():
                 scope.set_attr(module, name, replacement)
-        yield
+        # Only while a kernel runs: one that is defined meanwhile would be Triton's own interpreted function.
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            yield
     finally:
         scope.restore()
         outer.restore()
