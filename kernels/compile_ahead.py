@@ -5,41 +5,85 @@ work is gone through once with tensors that have no memory. Triton keeps what it
 finds everything there.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from llmd_kernels import dispatch
+from torch import Tensor
 
-# Tensors on it have shapes and dtypes, and no memory.
-WITHOUT_MEMORY = "meta"
+from llmd_kernels import dispatch
+from llmd_kernels.dispatch import WITHOUT_MEMORY
+
+# What Triton tells addresses apart by, in bytes.
+_ALIGNMENT = 16
+
+
+@dataclass(slots=True)
+class Compilation:
+    """How far it is. Any thread may look, and cancel it."""
+
+    threads: ThreadPoolExecutor
+    launched: list[str] = field(default_factory=list)  # names of kernels, once a launch
+    kernels: list[Future[Any]] = field(default_factory=list)  # each once, to be compiled or found on disk
+
+    @property
+    def num_done(self) -> int:
+        return sum(kernel.done() for kernel in self.kernels)
+
+    def cancel(self) -> None:
+        """Compile nothing that has not begun; what is launched from now on raises RuntimeError. Once."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for kernel in self.kernels:
+            if kernel.cancelled():
+                # nobody else tells those who wait for it
+                kernel.set_running_or_notify_cancel()
 
 
 @contextmanager
-def compiling_ahead(*, num_threads: int) -> Iterator[list[str]]:
-    """Inside, what launches a kernel compiles it and runs nothing; yields the growing list of their names.
+def compiling_ahead(*, num_threads: int) -> Iterator[Compilation]:
+    """Inside, what this thread launches is compiled by others and not run; the rest of the process launches as ever.
 
     All is compiled when the block ends; what does not compile will say so when it is launched. Give tensors of the
-    device "meta": like large allocations, their addresses count as divisible by 16. Kernels may not be launched
-    elsewhere in the process meanwhile.
+    device "meta": like large allocations, their addresses count as divisible by 16.
     """
     # Takes time to import, and is not there on every machine.
     import triton
     from triton.runtime.jit import JITFunction
 
-    launched: list[str] = []
+    seen: set[Hashable] = set()
+    here = threading.get_ident()
     launch = JITFunction.run
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
-        launched.append(kernel.fn.__name__)
+        if threading.get_ident() != here:
+            return launch(kernel, *args, grid=grid, warmup=warmup, **options)
+        compilation.launched.append(kernel.fn.__name__)
+        # Until the end Triton would make up its mind anew each time, which takes ten times as long.
+        known = (id(kernel), *map(_kind_of, args), *((name, _kind_of(value)) for name, value in options.items()))
+        if known in seen:
+            return None
+        seen.add(known)
         return launch(kernel, *args, grid=grid, warmup=True, **options)
 
     JITFunction.run = compile_only
     dispatch.TRITON_DEVICES.add(WITHOUT_MEMORY)
     try:
-        with ThreadPoolExecutor(num_threads) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-            yield launched
+        with (
+            ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as threads,
+            triton.AsyncCompileMode(threads, ignore_errors=True) as mode,
+        ):
+            compilation = Compilation(threads, kernels=mode.raw_futures)
+            yield compilation
     finally:
         dispatch.TRITON_DEVICES.discard(WITHOUT_MEMORY)
         JITFunction.run = launch
+
+
+def _kind_of(argument: Any) -> Hashable:
+    """All that a kernel can depend on; of numbers more than that."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % _ALIGNMENT
+    return type(argument), argument

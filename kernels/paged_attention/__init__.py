@@ -58,6 +58,9 @@ def paged_attention(
                 config=config,
                 num_processors=processors.number,
             )
+    if q.is_meta:
+        # its lengths cannot be read
+        return torch.empty_like(q)
     return torch_ops.paged_attention(
         q, k_cache, v_cache, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, **scales
     )

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from llmd_kernels.dispatch import gpu_of
 from llmd_kernels.paged_attention.batch import AttentionBatch, HostLens
 from llmd_kernels.paged_attention.items import ItemCut, ItemList, plan_items
 from llmd_kernels.paged_attention.tiles import BLOCK_SIZES, TileConfig, padded_dim
@@ -30,7 +31,7 @@ class Processors:
 
 @functools.cache
 def processors(device: torch.device) -> Processors:
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(gpu_of(device))
     is_amd = torch.version.hip is not None
     arch = properties.gcnArchName.split(":")[0] if is_amd else f"sm_{properties.major}{properties.minor}"
     return Processors(arch, properties.multi_processor_count)

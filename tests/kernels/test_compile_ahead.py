@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,11 @@ def compiled_into(folder: Path) -> list[Path]:
     before = set(folder.rglob("*.cubin"))
     with absent_gpu("sm_90"), knobs.cache.scope():
         knobs.cache.dir = str(folder)
-        with compiling_ahead(num_threads=2) as launched:
+        with compiling_ahead(num_threads=2) as compilation:
             assert work().shape == (24, 192)
             assert work().shape == (24, 192)
-        assert launched == ["add_rms_norm_kernel", "linear_kernel", "gated_mul_kernel"] * 2
+        assert compilation.launched == ["add_rms_norm_kernel", "linear_kernel", "gated_mul_kernel"] * 2
+        assert compilation.num_done == len(compilation.kernels) == 3
     return sorted(set(folder.rglob("*.cubin")) - before)
 
 
@@ -51,3 +53,29 @@ def test_afterwards_nothing_is_changed() -> None:
         1 / 0  # noqa: B018
     assert JITFunction.run is launch
     assert {"cuda"} == dispatch.TRITON_DEVICES
+
+
+def test_what_is_cancelled_ends_soon(tmp_path: Path) -> None:
+    with absent_gpu("sm_90"), knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        with compiling_ahead(num_threads=1) as compilation:
+            work()
+            compilation.cancel()
+            one = torch.empty(1, 64, dtype=torch.float16, device="meta")
+            with pytest.raises(RuntimeError, match="after shutdown"):
+                linear(one, one)
+    assert any(kernel.cancelled() for kernel in compilation.kernels)
+    assert compilation.num_done == len(compilation.kernels)
+
+
+def test_other_threads_launch_as_ever() -> None:
+    launch, launched = JITFunction.run, []
+    JITFunction.run = lambda kernel, *_, warmup, **__: launched.append(warmup)  # type: ignore[assignment, method-assign]
+    try:
+        with compiling_ahead(num_threads=1), ThreadPoolExecutor(1) as other:
+            x = torch.empty(8, 64, dtype=torch.float16, device="meta")
+            other.submit(linear, x, x).result()
+            linear(x, x)
+    finally:
+        JITFunction.run = launch  # type: ignore[method-assign]
+    assert launched == [False, True]
