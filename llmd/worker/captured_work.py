@@ -6,6 +6,7 @@ Knows how often which work was done, not what it is.
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
+from llmd.errors import StartupFailed
 from llmd.worker.stream import Stream
 
 Key = TypeVar("Key", bound=Hashable)
@@ -22,16 +23,28 @@ class CapturedWork(Generic[Key]):
         self._graphs: dict[Key, Callable[[], None]] = {}
 
     def run(self, key: Key) -> None:
-        """Do the work of this key: launch by launch the first time, then it is captured."""
+        """Do the work of this key: launch by launch the first time, then it is captured.
+
+        StartupFailed where that cannot be: it would fail again.
+        """
         if key not in self._graphs:
             if key not in self._has_run:
                 self._work(key)
                 self._has_run.add(key)
                 return
-            self._graphs[key] = self._stream.capture(lambda: self._work(key))
+            self._graphs[key] = self._capture(key)
             del self._without_graph[key]
         self._graphs[key]()
 
     def next_to_capture(self) -> Key | None:
         """The first key without a graph."""
         return next(iter(self._without_graph), None)
+
+    def _capture(self, key: Key) -> Callable[[], None]:
+        try:
+            return self._stream.capture(lambda: self._work(key))
+        except Exception as error:
+            raise StartupFailed(
+                f"{key} could not be captured as a graph ({type(error).__name__}: {error}). Start with "
+                "--enforce-eager, which captures nothing; a smaller --gpu-memory-utilization leaves graphs more memory"
+            ) from error

@@ -4,6 +4,7 @@ Knows nothing of steps and models.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -68,8 +69,12 @@ class CudaStream:
         graph.capture_begin(pool=self._graph_memory, capture_error_mode="thread_local")
         try:
             work()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            # what cannot be captured often breaks the capture, which then cannot be ended: the first error says why
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
         replay: Callable[[], None] = graph.replay
         return replay
 
