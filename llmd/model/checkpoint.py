@@ -104,6 +104,14 @@ def load_decoder(
     return Decoder(spec, weights, quantized, max_model_len=max_model_len)
 
 
+def load_without_memory(model_dir: Path, *, dtype: torch.dtype, max_model_len: int) -> Decoder:
+    """The folder's model as it is on a GPU, its tensors without memory: to see which kernels it launches."""
+    nowhere = torch.device("meta")
+    # what is computed on the way, too
+    with nowhere:
+        return load_decoder(model_dir, dtype=dtype, device=nowhere, max_model_len=max_model_len, dummy=True)
+
+
 def check_tensors(
     stored: Mapping[str, StoredTensor],
     parameters: Iterable[Parameter],

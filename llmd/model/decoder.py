@@ -1,6 +1,7 @@
 """The network: one decoder for every family, described by its ModelSpec. Knows nothing of requests and files."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -12,6 +13,7 @@ from llmd.model.attention import Attention
 from llmd.model.inputs import ModelInputs
 from llmd.model.kv_cache import KvCache, LayerCache
 from llmd.model.latent_attention import LatentAttention
+from llmd.model.layer_sorts import sort_of
 from llmd.model.layers import GatedMlp, Linear, RmsNorm, add_and_norm
 from llmd.model.moe import Moe
 from llmd.model.moe_spec import MoeSpec
@@ -103,6 +105,18 @@ class Decoder:
                 LayerKind(spec.num_heads, spec.num_kv_heads, spec.head_dim, layer.window) for layer in spec.layers
             )
         )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def with_unlike_layers(self) -> "Decoder":
+        """The same network with fewer layers, which launches the same kernels: the first, then one of each sort."""
+        # the first is like no other: it begins the residual stream
+        first, *others = self._layers
+        short = copy(self)
+        short._layers = [first, *{sort_of(layer): layer for layer in others}.values()]
+        return short
 
     @property
     def can_draw(self) -> bool:

@@ -30,7 +30,7 @@ def dummy_parameters(
     """
     parameters = list(parameters)
     total = sum(parameter.num_bytes(rank, dtype.itemsize) for parameter in parameters)
-    generator = torch.Generator(device).manual_seed(_SEED)
+    generator = _generator(device)
     done = 0
     progress(done, total)
     weights: dict[str, Tensor] = {}
@@ -49,11 +49,16 @@ def dummy_parameters(
     return weights
 
 
+def _generator(device: torch.device) -> torch.Generator | None:
+    """None for tensors without memory, which have no numbers."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(_SEED)
+
+
 def dummy_quantized(
     kept: Iterable[tuple[Parameter, WeightScheme]], *, dtype: torch.dtype, device: torch.device, rank: Rank
 ) -> dict[str, QuantizedWeight]:
     """The same of what stays quantised; every integer and float8 between the bounds is as likely as another."""
-    generator = torch.Generator(device).manual_seed(_SEED)
+    generator = _generator(device)
     weights: dict[str, QuantizedWeight] = {}
     for parameter, scheme in kept:
         num_outputs, num_inputs = parameter.shape(rank)

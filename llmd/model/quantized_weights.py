@@ -150,7 +150,9 @@ def read_quantized(
     scales = torch.cat([piece.scales for piece in pieces])
     if scheme.layout == "float8":
         block = float8_block(parameter, scheme, rank)
-        return Float8Weight(values, scales.float()[:: block[0]].contiguous(), block)
+        # a copy: its strides are those of its shape, also where there is but one scale
+        scales = scales.float()[:: block[0]].clone(memory_format=torch.contiguous_format)
+        return Float8Weight(values, scales, block)
     zeros = None if scheme.symmetric else torch.cat([piece.zeros for piece in pieces if piece.zeros is not None])
     order = _input_order(parameter, pieces, scheme)
     return pack_int_weight(

@@ -44,7 +44,7 @@ from llmd_kernels import (
 # Numbers that a captured step may be sent: 256 rows take 4,000, the rest is for the tokens of new sequences.
 _CAPTURED_NUMBERS = 1 << 16
 # Where a library serves a dtype that has no kernel of its own: with such a number of rows it sums in one order.
-_TOKEN_MULTIPLE = 8
+TOKEN_MULTIPLE = 8
 
 
 class Model(Protocol):
@@ -296,4 +296,4 @@ class GpuRunner:
 
 
 def _padded(num_tokens: int) -> int:
-    return -(-num_tokens // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+    return -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
