@@ -26,12 +26,12 @@ def experts(
     expert in gate_up [E, 2·I, H] (the gate's rows, then up's), down [E, H, I], gate_up_bias [E, 2·I], down_bias [E, H].
     An id outside of [0, E), such as that of another rank's expert, stands for no expert and adds nothing.
 
-    A row of the result is bitwise the same whatever the other rows are and however many there are. On a GPU 16-bit
-    floats need no word from the device to the host; float32, which goes through PyTorch there, does.
+    A row of the result is bitwise the same whatever the other rows are and however many there are. On a GPU it
+    needs no word from the device to the host.
     """
     biases = [bias for bias in (gate_up_bias, down_bias) if bias is not None]
     arguments = (x, expert_ids, weights, gate_up, down, activation, gate_up_bias, down_bias)
-    if uses_triton(x, gate_up, down, *biases) and x.dtype.itemsize == 2:
+    if uses_triton(x, gate_up, down, *biases):
         from llmd_kernels.experts import triton_ops
 
         return triton_ops.experts(*arguments)

@@ -41,12 +41,12 @@ def experts(
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
     expert_ids, weights, gate_up, down = (part.contiguous() for part in (expert_ids, weights, gate_up, down))
-    columns = tile_columns(num_choices, num_experts)
+    columns = tile_columns(num_choices, num_experts, itemsize=x.itemsize)
     order, places, tiles = group(expert_ids, num_experts, columns)
     num_tiles = tiles.shape[1]
 
     inner = torch.empty(num_choices, intermediate_size, dtype=x.dtype, device=x.device)
-    outputs, num_warps, num_stages = gate_up_tile(columns)
+    outputs, num_warps, num_stages = gate_up_tile(columns, itemsize=x.itemsize)
     gate_up_kernel[(num_tiles * triton.cdiv(intermediate_size, outputs),)](
         x,
         gate_up,
@@ -68,7 +68,7 @@ def experts(
         num_stages=num_stages,
     )
     chosen_y = torch.empty(num_choices, hidden_size, dtype=torch.float32, device=x.device)
-    outputs, num_warps, num_stages = down_tile(columns)
+    outputs, num_warps, num_stages = down_tile(columns, itemsize=x.itemsize)
     down_kernel[(num_tiles * triton.cdiv(hidden_size, outputs),)](
         inner,
         down,
@@ -91,18 +91,24 @@ def experts(
     return y
 
 
-def tile_columns(num_choices: int, num_experts: int) -> int:
+def tile_columns(num_choices: int, num_experts: int, *, itemsize: int = 2) -> int:
     """Choices of a tile: twice an expert's share, so that most experts' weights are read once. No bit depends on it."""
-    return min(max(16, int(triton.next_power_of_2(triton.cdiv(2 * num_choices, num_experts)))), 128)
+    # No matrix instruction of NVIDIA's multiplies float32 whole: more columns would spill.
+    most = 32 if itemsize == 4 else 128
+    return min(max(16, int(triton.next_power_of_2(triton.cdiv(2 * num_choices, num_experts)))), most)
 
 
-def gate_up_tile(columns: int) -> tuple[int, int, int]:
+def gate_up_tile(columns: int, *, itemsize: int = 2) -> tuple[int, int, int]:
     """(outputs, each of a gate and an up; warps; stages). 64 rows are the least that Hopper's matrix units take."""
+    if itemsize == 4:
+        return 32, 4, 3
     return (64, 4, 4 if columns <= 32 else 3) if columns <= 64 else (64, 8, 3)
 
 
-def down_tile(columns: int) -> tuple[int, int, int]:
+def down_tile(columns: int, *, itemsize: int = 2) -> tuple[int, int, int]:
     """(outputs, warps, stages)."""
+    if itemsize == 4:
+        return 64, 4, 3
     return (64, 4, 5) if columns <= 64 else (128, 8, 3)
 
 
@@ -254,13 +260,23 @@ def two_sums(
     for start in range(0, K, BLOCK):
         if K % BLOCK == 0:
             columns = tl.load(x_rows + (start + k)[:, None])
-            gate = tl.dot(tl.load(gate_rows + (start + k)[None, :]), columns, gate)
-            up = tl.dot(tl.load(up_rows + (start + k)[None, :]), columns, up)
+            gate = tl.dot(tl.load(gate_rows + (start + k)[None, :]), columns, gate, input_precision="ieee")
+            up = tl.dot(tl.load(up_rows + (start + k)[None, :]), columns, up, input_precision="ieee")
         else:
             mask = start + k < K
             columns = tl.load(x_rows + (start + k)[:, None], mask=mask[:, None], other=0.0)
-            gate = tl.dot(tl.load(gate_rows + (start + k)[None, :], mask=mask[None, :], other=0.0), columns, gate)
-            up = tl.dot(tl.load(up_rows + (start + k)[None, :], mask=mask[None, :], other=0.0), columns, up)
+            gate = tl.dot(
+                tl.load(gate_rows + (start + k)[None, :], mask=mask[None, :], other=0.0),
+                columns,
+                gate,
+                input_precision="ieee",
+            )
+            up = tl.dot(
+                tl.load(up_rows + (start + k)[None, :], mask=mask[None, :], other=0.0),
+                columns,
+                up,
+                input_precision="ieee",
+            )
     return gate, up
 
 

@@ -26,9 +26,9 @@ def rope_kv_write(
 ) -> Tensor:
     """qkv [T, (num_heads + 2·num_kv_heads)·D] (Q, K, V heads in this order) → rotated Q [T, num_heads, D].
 
-    positions, slots [T] int64; slot = block · block_size + offset, written in place: two tokens of one step may
-    share a slot only where nobody reads it (padding).
-    k_cache, v_cache [num_blocks, num_kv_heads, block_size, D], of any float dtype.
+    positions, slots [T] int64; slot = block · block_size + offset, written in place; −1 for padding, whose K and V are
+    nobody's. They are written nowhere, or by PyTorch's operators, for which −1 is the last one, to the last slot.
+    k_cache, v_cache [num_blocks, num_kv_heads, block_size, D], of any float dtype; the last slot belongs to nobody.
     cos_sin [max_positions, rot_dim] float (rot_dim/2 cosines, then as many sines) or None for no rotation;
     rot_dim ≤ D even: the entries behind it pass through. `interleaved` turns the pairs (2i, 2i + 1), otherwise
     (i, rot_dim/2 + i).

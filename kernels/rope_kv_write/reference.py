@@ -38,6 +38,9 @@ def rope_kv_write(
         if cos_sin is not None:
             row = cos_sin[int(positions[t])]
             q, k = rotate(q, row, interleaved=interleaved), rotate(k, row, interleaved=interleaved)
+        q_out[t] = q
+        if slots[t] < 0:
+            continue
         block, offset = divmod(int(slots[t]), block_size)
         for heads, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
             for h, head in enumerate(heads):
@@ -45,7 +48,6 @@ def rope_kv_write(
                 cache[block, h, offset] = (head / scale).to(cache.dtype)
                 if scales is not None:
                     scales[block, h, offset] = scale
-        q_out[t] = q
     return q_out
 
 

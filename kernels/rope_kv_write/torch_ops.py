@@ -41,6 +41,7 @@ def rope_kv_write(
         )
     if cos_sin is not None:
         qk = _rotate(qk, cos_sin.index_select(0, positions).to(wide.dtype)[:, None], interleaved=interleaved)
+    # Slot −1 is the last offset of block −1, the cache's last.
     blocks, offsets = slots // block_size, slots % block_size
     for heads, cache, scales in ((qk[:, num_heads:], k_cache, k_scales), (v, v_cache, v_scales)):
         if scales is not None:

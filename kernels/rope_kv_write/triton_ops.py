@@ -146,6 +146,7 @@ def rope_kv_write_kernel(
         )
     else:
         slot = tl.load(slots + token)
+        is_kept = slot >= 0
         place = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
         scale_place = slot // BLOCK_SIZE * scale_block_stride + slot % BLOCK_SIZE * scale_slot_stride
         if part < Q_PROGRAMS + KV_PROGRAMS:
@@ -153,7 +154,7 @@ def rope_kv_write_kernel(
             write_heads(
                 row + (NUM_HEADS + heads) * HEAD_DIM,
                 k_cache + place + heads * head_stride,
-                heads < NUM_KV_HEADS,
+                (heads < NUM_KV_HEADS) & is_kept,
                 cos_sin,
                 positions + token,
                 cos_sin_stride,
@@ -170,12 +171,13 @@ def rope_kv_write_kernel(
         else:
             heads = (part - Q_PROGRAMS - KV_PROGRAMS) * HEADS + lanes
             columns = tl.arange(0, WHOLE)[None, :]
-            mask = (heads < NUM_KV_HEADS) & (columns < HEAD_DIM)
+            is_head = (heads < NUM_KV_HEADS) & is_kept
+            mask = is_head & (columns < HEAD_DIM)
             v = tl.load(row + (NUM_HEADS + NUM_KV_HEADS + heads) * HEAD_DIM + columns, mask=mask, other=0.0)
             if v_scales is not None:
                 v = v.to(tl.float32)
                 scale = scale_of(tl.max(tl.abs(v), axis=1, keep_dims=True))
-                tl.store(v_scales + scale_place + heads * scale_head_stride, scale, mask=heads < NUM_KV_HEADS)
+                tl.store(v_scales + scale_place + heads * scale_head_stride, scale, mask=is_head)
                 v = v / scale
             tl.store(v_cache + place + heads * head_stride + columns, v.to(v_cache.dtype.element_ty), mask=mask)
 

@@ -19,6 +19,7 @@ def route(
     num_groups: int = 1,
     num_chosen_groups: int = 1,
     group_score: Literal["max", "top2"] = "max",
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] → (expert_ids [T, num_chosen] int32, weights [T, num_chosen] float32), best first; any T, also 0.
 
@@ -27,11 +28,22 @@ def route(
     groups of neighbours; a group is worth its best expert ("max") or its two best together ("top2"). A weight is the
     score without the bias; `renormalize` divides a token's weights by their sum; then they are multiplied by `scale`.
     The chosen ids of a token are always different experts that exist, also where logits are not numbers.
+    slots [T] int64: tokens without one (−1) only fill a batch up. They go to no expert: ids −1, weights 0.
     Raises ValueError for numbers that do not fit together.
     """
     num_experts = logits.shape[1]
     _check(num_experts, num_chosen, num_groups, num_chosen_groups, group_score)
-    arguments = (num_chosen, scoring, renormalize, scale, choice_bias, num_groups, num_chosen_groups, group_score)
+    arguments = (
+        num_chosen,
+        scoring,
+        renormalize,
+        scale,
+        choice_bias,
+        num_groups,
+        num_chosen_groups,
+        group_score,
+        slots,
+    )
     if uses_triton(logits):
         from llmd_kernels.route import triton_ops
 

@@ -16,11 +16,16 @@ def route(
     num_groups: int = 1,
     num_chosen_groups: int = 1,
     group_score: Literal["max", "top2"] = "max",
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores, the best groups, their best experts, the weights of these."""
     scores = torch.softmax(logits, dim=-1) if scoring == "softmax" else torch.sigmoid(logits)
     expert_ids, weights = [], []
-    for token_scores in scores:
+    for token, token_scores in enumerate(scores):
+        if slots is not None and slots[token] < 0:
+            expert_ids.append([-1] * num_chosen)
+            weights.append(logits.new_zeros(num_chosen))
+            continue
         choice = (token_scores if choice_bias is None else token_scores + choice_bias).tolist()
         size = len(choice) // num_groups
         groups = [range(group * size, (group + 1) * size) for group in range(num_groups)]

@@ -19,6 +19,7 @@ def route(
     num_groups: int = 1,
     num_chosen_groups: int = 1,
     group_score: Literal["max", "top2"] = "max",
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computed in float32."""
     logits = logits.float()
@@ -30,7 +31,11 @@ def route(
     weights = scores.gather(1, expert_ids)
     if renormalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
-    return expert_ids.int(), weights * scale
+    expert_ids, weights = expert_ids.int(), weights * scale
+    if slots is not None:
+        is_padding = (slots < 0)[:, None]
+        expert_ids, weights = expert_ids.masked_fill_(is_padding, -1), weights.masked_fill_(is_padding, 0)
+    return expert_ids, weights
 
 
 def _choice(logits: Tensor, scores: Tensor, choice_bias: Tensor | None, num_groups: int, group_score: str) -> Tensor:

@@ -27,6 +27,7 @@ def route(
     num_groups: int = 1,
     num_chosen_groups: int = 1,
     group_score: Literal["max", "top2"] = "max",
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computed in float32."""
     num_tokens, num_experts = logits.shape
@@ -41,6 +42,7 @@ def route(
     route_kernel[(triton.cdiv(num_tokens, tokens),)](
         logits,
         choice_bias,
+        slots,
         expert_ids,
         weights,
         num_tokens,
@@ -66,6 +68,7 @@ def route(
 def route_kernel(
     logits,
     choice_bias,
+    slots,
     expert_ids,
     weights,
     num_tokens,
@@ -123,10 +126,15 @@ def route_kernel(
         keys = tl.where(is_best, -1, keys)
     if RENORMALIZE:
         chosen_scores /= (tl.sum(chosen_scores, axis=1) + TINY)[:, None]
+    chosen_scores *= scale
+    if slots is not None:
+        has_slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1) >= 0
+        chosen = tl.where(has_slot[:, None], chosen, -1)
+        chosen_scores = tl.where(has_slot[:, None], chosen_scores, 0.0)
     places = tokens[:, None] * NUM_CHOSEN + choices[None, :]
     stored = (tokens < num_tokens)[:, None] & (choices < NUM_CHOSEN)[None, :]
     tl.store(expert_ids + places, chosen, mask=stored)
-    tl.store(weights + places, chosen_scores * scale, mask=stored)
+    tl.store(weights + places, chosen_scores, mask=stored)
 
 
 @triton.jit

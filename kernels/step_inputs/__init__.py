@@ -48,20 +48,18 @@ def step_inputs(
     inputs: StepInputs,
     *,
     block_size: int,
-    padding_slot: int,
     work_lists: AttentionWork | None = None,
 ) -> None:
     """Write all of `inputs`, and attention's work lists where there are any, from a packed step and the tables.
 
     step: int32, packed for max_rows = len(inputs.kv_lens), with at most as many tokens and logits as `inputs` holds.
-    padding_slot: where the K and V of padding tokens go, in a block that belongs to nobody.
     """
     if on_triton_device(step):
         from llmd_kernels.step_inputs import triton_ops
 
-        triton_ops.step_inputs(step, tables, inputs, block_size=block_size, padding_slot=padding_slot)
+        triton_ops.step_inputs(step, tables, inputs, block_size=block_size)
     else:
-        torch_ops.step_inputs(step, tables, inputs, block_size=block_size, padding_slot=padding_slot)
+        torch_ops.step_inputs(step, tables, inputs, block_size=block_size)
     if work_lists is not None:
         work_lists.plan(inputs.query_starts, inputs.kv_lens, inputs.places)
 

@@ -31,7 +31,7 @@ class StepInputs:
 
     token_ids: Tensor  # [max_tokens] int64; 0 in padding
     positions: Tensor  # [max_tokens] int64; 0 in padding
-    slots: Tensor  # [max_tokens] int64: where each token's K and V go
+    slots: Tensor  # [max_tokens] int64: where each token's K and V go; -1 in padding: nowhere
     query_starts: Tensor  # [max_rows + 1] int64: as in AttentionBatch; rows that are not used have no tokens
     kv_lens: Tensor  # [max_rows] int64; 0 in rows that are not used
     places: Tensor  # [max_rows] int64: each row's place in the tables; 0 in rows that are not used

@@ -25,12 +25,10 @@ def write_differences(step: Tensor, tables: SequenceTables, *, max_rows: int) ->
             entries[place, first + i] = packed[values + i]
 
 
-def step_inputs(
-    step: Tensor, tables: SequenceTables, inputs: StepInputs, *, block_size: int, padding_slot: int
-) -> None:
+def step_inputs(step: Tensor, tables: SequenceTables, inputs: StepInputs, *, block_size: int) -> None:
     for written in (inputs.token_ids, inputs.positions, inputs.kv_lens, inputs.places, inputs.logit_rows):
         written.zero_()
-    inputs.slots.fill_(padding_slot)
+    inputs.slots.fill_(-1)
     inputs.sampled_logits.zero_()
     inputs.sampled_places.fill_(-1)
     inputs.sampled_lens.zero_()

@@ -26,9 +26,7 @@ def write_differences(step: Tensor, tables: SequenceTables, *, max_rows: int) ->
         entries[place, first : first + count] = step[values : values + count]
 
 
-def step_inputs(
-    step: Tensor, tables: SequenceTables, inputs: StepInputs, *, block_size: int, padding_slot: int
-) -> None:
+def step_inputs(step: Tensor, tables: SequenceTables, inputs: StepInputs, *, block_size: int) -> None:
     max_rows = len(inputs.kv_lens)
     header = dict(zip(HEADER_FIELDS, step.long().unbind(), strict=False))
     packed_rows = step[HEADER_SIZE : segments_start(max_rows)].view(len(ROW_FIELDS), max_rows).long()
@@ -44,7 +42,7 @@ def step_inputs(
     slots = tables.block_tables[place, positions // block_size].long() * block_size + positions % block_size
     inputs.positions.copy_(positions)
     inputs.token_ids.copy_(torch.where(is_used, tables.token_ids[place, positions], 0))
-    inputs.slots.copy_(torch.where(is_used, slots, padding_slot))
+    inputs.slots.copy_(torch.where(is_used, slots, -1))
 
     inputs.query_starts[:-1] = rows["first_token"]
     inputs.query_starts[-1:] = header["num_tokens"]

@@ -70,9 +70,7 @@ def write_differences_kernel(
             tl.store(block_tables + place * block_tables_stride + first + columns, values, mask=mask)
 
 
-def step_inputs(
-    step: Tensor, tables: SequenceTables, inputs: StepInputs, *, block_size: int, padding_slot: int
-) -> None:
+def step_inputs(step: Tensor, tables: SequenceTables, inputs: StepInputs, *, block_size: int) -> None:
     max_rows, max_tokens, max_logits = len(inputs.kv_lens), len(inputs.token_ids), len(inputs.logit_rows)
     parts = [triton.cdiv(size, BLOCK) for size in (max_tokens, max_rows + 1, max_logits)]
     step_inputs_kernel[(sum(parts),)](
@@ -96,7 +94,6 @@ def step_inputs(
         parts[1],
         tables.token_ids.stride(0),
         tables.block_tables.stride(0),
-        padding_slot,
         PAGE=block_size,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
@@ -112,13 +109,12 @@ def step_inputs(
         "row_programs",
         "token_stride",
         "block_stride",
-        "padding_slot",
     ]
 )
 def step_inputs_kernel(
     step, token_table, block_tables, token_ids, positions, slots, query_starts, kv_lens, places,
     logit_rows, sampled_logits, sampled_places, sampled_lens,
-    max_rows, max_tokens, max_logits, token_programs, row_programs, token_stride, block_stride, padding_slot,
+    max_rows, max_tokens, max_logits, token_programs, row_programs, token_stride, block_stride,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first programs make tokens, the next ones rows, the last ones logits; all from the packed rows."""
@@ -129,7 +125,7 @@ def step_inputs_kernel(
         token = program * BLOCK + number
         _make_tokens(
             step, rows, token, token_table, block_tables, token_ids, positions, slots,
-            max_rows, max_tokens, token_stride, block_stride, padding_slot, PAGE,
+            max_rows, max_tokens, token_stride, block_stride, PAGE,
         )  # fmt: skip
     elif program < token_programs + row_programs:
         row = (program - token_programs) * BLOCK + number
@@ -144,7 +140,7 @@ def step_inputs_kernel(
 @triton.jit
 def _make_tokens(
     step, rows, token, token_table, block_tables, token_ids, positions, slots,
-    max_rows, max_tokens, token_stride, block_stride, padding_slot, PAGE: tl.constexpr,
+    max_rows, max_tokens, token_stride, block_stride, PAGE: tl.constexpr,
 ):  # fmt: skip
     is_used = token < tl.load(step + NUM_TOKENS)
     exists = token < max_tokens
@@ -156,7 +152,7 @@ def _make_tokens(
     block = tl.load(block_tables + place * block_stride + position // PAGE, mask=is_used, other=0).to(tl.int64)
     tl.store(token_ids + token, token_id.to(tl.int64), mask=exists)
     tl.store(positions + token, tl.where(is_used, position, 0).to(tl.int64), mask=exists)
-    tl.store(slots + token, tl.where(is_used, block * PAGE + position % PAGE, padding_slot), mask=exists)
+    tl.store(slots + token, tl.where(is_used, block * PAGE + position % PAGE, -1), mask=exists)
 
 
 @triton.jit

@@ -44,7 +44,8 @@ class DecoderLayer:
         x, residual = add_and_norm(x, residual, self.attention_norm)
         x = self._output(self.attention(x, inputs, cache), self.attention_output_norm)
         x, residual = add_and_norm(x, residual, self.mlp_norm)
-        return self._output(self.mlp(x), self.mlp_output_norm), residual
+        x = self.mlp(x, inputs.slots) if isinstance(self.mlp, Moe) else self.mlp(x)
+        return self._output(x, self.mlp_output_norm), residual
 
     def _output(self, x: Tensor, norm: RmsNorm | None) -> Tensor:
         if norm is not None:

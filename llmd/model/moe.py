@@ -21,8 +21,8 @@ class Moe:
     shared: GatedMlp | None
     shared_gate: Linear | None  # one output: the sigmoid of it weighs what the shared expert gives
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[num_tokens, hidden_size] → the same."""
+    def __call__(self, x: Tensor, slots: Tensor) -> Tensor:
+        """[num_tokens, hidden_size] → the same. Tokens without a slot are padding, which goes to no expert."""
         spec = self.spec
         expert_ids, weights = route(
             self.router(x.float() if spec.router_in_float32 else x),
@@ -34,6 +34,7 @@ class Moe:
             num_groups=spec.num_groups,
             num_chosen_groups=spec.num_chosen_groups,
             group_score=spec.group_score,
+            slots=slots,
         )
         y = experts(
             x,

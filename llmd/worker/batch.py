@@ -36,11 +36,8 @@ class Batch:
     prompt_logits: list[PromptLogits]
 
 
-def build_batch(rows: list[Row], *, block_size: int, padding_slot: int, device: torch.device) -> Batch:
-    """One row of tokens for all sequences, in the plan's order.
-
-    `padding_slot` lies in a block that belongs to nobody.
-    """
+def build_batch(rows: list[Row], *, block_size: int, device: torch.device) -> Batch:
+    """One row of tokens for all sequences, in the plan's order."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -66,7 +63,7 @@ def build_batch(rows: list[Row], *, block_size: int, padding_slot: int, device: 
     padding = -len(token_ids) % _ROW_MULTIPLE
     token_ids += [0] * padding
     positions += [0] * padding
-    slots += [padding_slot] * padding
+    slots += [-1] * padding
     attention = AttentionBatch(
         query_starts=_tensor([0, *accumulate(step.num_tokens for step, _ in rows)], device),
         kv_lens=_tensor([step.start + step.num_tokens for step, _ in rows], device),

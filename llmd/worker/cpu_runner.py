@@ -24,13 +24,12 @@ class Model(Protocol):
 
 
 class CpuRunner:
-    """Runs plans. `num_blocks` is what the scheduler may use; the cache has one more, for padding tokens."""
+    """Runs plans. The cache has one block more than the scheduler knows of, for padding tokens."""
 
-    def __init__(self, model: Model, kv: KvCache, *, num_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, model: Model, kv: KvCache, *, block_size: int, device: torch.device) -> None:
         self._model = model
         self._kv = kv
         self._block_size = block_size
-        self._padding_slot = num_blocks * block_size
         self._device = device
         self._sequences = Sequences()
 
@@ -40,7 +39,7 @@ class CpuRunner:
         rows = self._sequences.take_in(plan)
         if not rows:
             return DoneStep(StepResult(step_id=plan.step_id, results=[]))
-        batch = build_batch(rows, block_size=self._block_size, padding_slot=self._padding_slot, device=self._device)
+        batch = build_batch(rows, block_size=self._block_size, device=self._device)
         logits = self._model.forward(batch.inputs, self._kv)
         return DoneStep(StepResult(step_id=plan.step_id, results=_results(rows, batch, logits)))
 

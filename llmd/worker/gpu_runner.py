@@ -75,7 +75,7 @@ class Model(Protocol):
 
 
 class GpuRunner:
-    """Runs plans. `num_blocks` is what the scheduler may use; the cache has one more, for padding tokens.
+    """Runs plans. The cache has one block more than the scheduler knows of, for padding tokens.
 
     with_graphs: capture decode steps. Where attention has no kernel for the model they are launched one by one too.
     """
@@ -86,7 +86,6 @@ class GpuRunner:
         kv: KvCache,
         stream: Stream,
         *,
-        num_blocks: int,
         max_model_len: int,
         max_num_seqs: int,
         max_num_tokens: int,
@@ -99,7 +98,6 @@ class GpuRunner:
         self._device = device
         self._max_model_len = max_model_len
         self._max_num_seqs = max_num_seqs
-        self._padding_slot = num_blocks * kv.block_size
         self._places = Places(max_num_seqs)
         self._tables = allocate_tables(max_num_seqs, max_model_len, block_size=kv.block_size, device=device)
         # of steps whose launches are made one by one: each uses as much of them as it needs
@@ -190,7 +188,6 @@ class GpuRunner:
             self._tables,
             inputs,
             block_size=self._kv.block_size,
-            padding_slot=self._padding_slot,
             work_lists=work_lists,
         )
 

@@ -137,7 +137,7 @@ def _make_runner(
     config: WorkerConfig, model: Decoder, kv: KvCache, memory: MemoryLedger, device: torch.device
 ) -> CpuRunner | GpuRunner:
     if device.type == "cpu":
-        return CpuRunner(model, kv, num_blocks=memory.num_blocks, block_size=kv.block_size, device=device)
+        return CpuRunner(model, kv, block_size=kv.block_size, device=device)
     return _gpu_runner(config, model, kv, memory, CudaStream(device))
 
 
@@ -146,7 +146,6 @@ def _gpu_runner(config: WorkerConfig, model: Decoder, kv: KvCache, memory: Memor
         model,
         kv,
         stream,
-        num_blocks=memory.num_blocks,
         max_model_len=memory.max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_tokens=config.scheduler.max_num_batched_tokens,

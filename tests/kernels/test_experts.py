@@ -66,6 +66,17 @@ def test_route(name: str, num_tokens: int) -> None:
     torch.testing.assert_close(weights.double(), expected_weights, rtol=2e-6, atol=2e-6)
 
 
+def test_padding_goes_to_no_expert() -> None:
+    num_experts, arguments = router("mixtral")
+    logits, slots = randn(5, num_experts), torch.tensor([7, -1, 0, -1, -1])
+    expert_ids, weights = route(logits, slots=slots, **arguments)
+    without = route(logits, **arguments)
+    for result, truth in zip((expert_ids, weights), without, strict=True):
+        assert torch.equal(result[slots >= 0], truth[slots >= 0])
+    assert (expert_ids[slots < 0] == -1).all()
+    assert not weights[slots < 0].any()
+
+
 def test_of_equal_experts_the_lower_id_is_chosen_first() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [0.0] * 5])
     expert_ids, _ = route(logits, num_chosen=3, scoring="softmax", renormalize=True)

@@ -78,6 +78,28 @@ def test_rotation_by_hand() -> None:
         assert v_cache[0, 0, 0].tolist() == v_cache[1, 0, 1].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_padding_leaves_all_but_the_last_slot_alone(dtype: torch.dtype) -> None:
+    qkv, slots = randn(3, 10 * HEAD_DIM).float(), torch.tensor([2, -1, -1])
+    k_cache, v_cache = caches(dtype, num_blocks=2)
+    k_scales, v_scales = torch.full((2, 2, NUM_KV_HEADS, BLOCK_SIZE), torch.nan).unbind(0)
+    rope_kv_write(
+        qkv,
+        positions=torch.zeros(3, dtype=torch.int64),
+        slots=slots,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        cos_sin=None,
+        k_scales=k_scales if dtype.itemsize == 1 else None,
+        v_scales=v_scales if dtype.itemsize == 1 else None,
+    )
+    for cache in (k_cache, v_cache):
+        written = cache.float().isfinite().all(dim=3).all(dim=1).flatten()
+        assert [place for place, is_written in enumerate(written[:-1]) if is_written] == [2]
+
+
 def test_caches_of_another_dtype_hold_the_rounded_values() -> None:
     qkv = randn(5, 10 * HEAD_DIM).float()
     written = []

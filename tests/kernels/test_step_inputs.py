@@ -28,7 +28,6 @@ from llmd_kernels.step_inputs.packing import MAX_SEGMENT
 BLOCK_SIZE = 4
 MAX_LEN = 40
 NUM_PLACES = 6
-PADDING_SLOT = 999
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def assert_same(inputs: StepInputs, truth: StepInputs) -> None:
 def test_inputs_are_those_of_the_reference(step: Step) -> None:
     tables = random_tables()
     inputs, truth = step.buffers(), step.buffers()
-    step_inputs(step.packed(), tables, inputs, block_size=BLOCK_SIZE, padding_slot=PADDING_SLOT)
-    reference.step_inputs(step.packed(), tables, truth, block_size=BLOCK_SIZE, padding_slot=PADDING_SLOT)
+    step_inputs(step.packed(), tables, inputs, block_size=BLOCK_SIZE)
+    reference.step_inputs(step.packed(), tables, truth, block_size=BLOCK_SIZE)
     assert_same(inputs, truth)
 
 
@@ -93,12 +92,12 @@ def test_the_reference_says_what_a_step_is() -> None:
     tables = random_tables()
     step = Step([(4, 0, 3, 2, 1), (1, 9, 1, 0, 1), (2, 6, 3, 0, 0)], max_rows=4, max_tokens=8, max_logits=5)
     truth = step.buffers()
-    reference.step_inputs(step.packed(), tables, truth, block_size=BLOCK_SIZE, padding_slot=PADDING_SLOT)
+    reference.step_inputs(step.packed(), tables, truth, block_size=BLOCK_SIZE)
     ids, blocks = tables.token_ids.tolist(), tables.block_tables.tolist()
     assert truth.token_ids.tolist() == [*ids[4][:3], ids[1][9], *ids[2][6:9], 0]
     assert truth.positions.tolist() == [0, 1, 2, 9, 6, 7, 8, 0]
     slots = [4 * blocks[4][0] + offset for offset in range(3)] + [4 * blocks[1][2] + 1]
-    slots += [4 * blocks[2][1] + 2, 4 * blocks[2][1] + 3, 4 * blocks[2][2], PADDING_SLOT]
+    slots += [4 * blocks[2][1] + 2, 4 * blocks[2][1] + 3, 4 * blocks[2][2], -1]
     assert truth.slots.tolist() == slots
     assert truth.query_starts.tolist() == [0, 3, 4, 7, 7]
     assert truth.kv_lens.tolist() == [3, 10, 9, 0]
@@ -145,7 +144,7 @@ def test_drawn_tokens_follow_their_sequences(step: Step, num_more: int) -> None:
     """More may be drawn than is kept: a captured step always draws for all its rows."""
     tables, truth = random_tables(), random_tables()
     inputs = step.buffers()
-    step_inputs(step.packed(), tables, inputs, block_size=BLOCK_SIZE, padding_slot=PADDING_SLOT)
+    step_inputs(step.packed(), tables, inputs, block_size=BLOCK_SIZE)
     num_drawn = min(step.max_rows, sum(row[4] for row in step.rows) + num_more)
     drawn = torch.arange(5000, 5000 + num_drawn)
     append_token_ids(drawn, tables, inputs)

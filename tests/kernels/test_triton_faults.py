@@ -52,6 +52,7 @@ FAULTS: dict[str, list[Fault]] = {
         ("scale in the wrong place", "slot % BLOCK_SIZE * scale_slot_stride", "0 * scale_slot_stride"),
         ("zeros divided by zero", "tl.where(largest > 0.0, largest / 448.0, 1.0)", "largest / 448.0"),
         ("rest not scaled", "second / factor, others / factor", "second / factor, others"),
+        ("padding written", "is_kept = slot >= 0", "is_kept = slot >= -1"),
         ("rest not normed", "others *= scale", "others *= 0 * scale + 1"),
         ("rest not written", "mask=rest_mask)\n\n\n@triton.jit\ndef scale_of", "mask=rest_mask & (rest < 0))\n\n\n@triton.jit\ndef scale_of"),  # noqa: E501
     ],
@@ -67,6 +68,7 @@ FAULTS: dict[str, list[Fault]] = {
         ("spans overlap", "tl.minimum(first + SPAN, K), K, OUTPUTS", "tl.minimum(first + SPAN + 64, K), K, OUTPUTS"),
     ],
     "route": [
+        ("padding chooses", "other=-1) >= 0", "other=-1) >= -1"),
         ("ties to the higher id", "(65535 - index)", "index"),
         ("minus zero below zero", 'float("-inf")) + 0.0', 'float("-inf"))'),
         ("negative numbers turned around", "bits ^ 0x7FFFFFFF", "bits"),

@@ -175,20 +175,11 @@ class Device:
         ]
         used = pack_step(packed, new_entries, self.step.numpy(), max_rows=MAX_ROWS)
         self.step[used:] = 2**31 - 1
-        inputs, padding_slot = self.inputs, NUM_BLOCKS * BLOCK_SIZE
+        inputs = self.inputs
         with interpreted(shuffle=3) as launches:
             write_differences(self.step, self.tables, max_rows=MAX_ROWS)
-            step_inputs(
-                self.step,
-                self.tables,
-                inputs,
-                block_size=BLOCK_SIZE,
-                padding_slot=padding_slot,
-                work_lists=self.work,
-            )
-            apart = padding_slot + torch.arange(MAX_TOKENS)
-            slots = torch.where(inputs.slots == padding_slot, apart, inputs.slots)
-            out = self.network.forward(inputs.token_ids, inputs.positions, slots, self.batch)
+            step_inputs(self.step, self.tables, inputs, block_size=BLOCK_SIZE, work_lists=self.work)
+            out = self.network.forward(inputs.token_ids, inputs.positions, inputs.slots, self.batch)
             drawn = draw(out[inputs.logit_rows][inputs.sampled_logits])
             append_token_ids(drawn, self.tables, inputs)
         return out, drawn.tolist(), launches
@@ -302,7 +293,7 @@ def launch_without_memory(max_rows: int, max_tokens: int, max_len: int) -> None:
     made = allocate_inputs(max_rows, max_tokens, max_rows, device=device)
     step = meta(1000, dtype=torch.int32)
     step_inputs_triton_ops.write_differences(step, tables, max_rows=max_rows)
-    step_inputs_triton_ops.step_inputs(step, tables, made, block_size=BLOCK_SIZE, padding_slot=max_len)
+    step_inputs_triton_ops.step_inputs(step, tables, made, block_size=BLOCK_SIZE)
     step_inputs_triton_ops.append_token_ids(meta(max_rows, dtype=torch.int64), tables, made)
     (kind, *_) = KINDS
     work = allocate_lists(

@@ -11,8 +11,6 @@ from llmd.model.inputs import ModelInputs
 from llmd.model.kv_cache import allocate_kv_cache
 from llmd_kernels import AttentionBatch
 
-PADDING_BLOCK = 0
-
 
 class PagedSequences:
     """Sequences with shuffled block tables over one cache. Remembers only how many tokens of each have run."""
@@ -28,7 +26,7 @@ class PagedSequences:
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         blocks_each = -(-max_len // block_size)
-        blocks = list(range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + num_seqs * blocks_each))
+        blocks = list(range(num_seqs * blocks_each))
         random.Random(seed).shuffle(blocks)
         self.decoder = decoder
         self.block_size = block_size
@@ -36,6 +34,7 @@ class PagedSequences:
         self.lens = [0] * num_seqs
         self.kv = allocate_kv_cache(
             decoder.spec,
+            # nobody owns the last one
             num_blocks=len(blocks) + 1,
             block_size=block_size,
             dtype=kv_dtype or decoder.dtype,
@@ -67,7 +66,7 @@ class PagedSequences:
         return ModelInputs(
             token_ids=torch.tensor(token_ids + padding),
             positions=torch.tensor(positions + padding),
-            slots=torch.tensor(slots + padding),
+            slots=torch.tensor(slots + [-1] * len(padding)),
             attention=AttentionBatch(
                 query_starts=torch.tensor(starts),
                 kv_lens=torch.tensor([self.lens[s] for s in tokens]),

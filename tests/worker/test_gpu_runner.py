@@ -33,7 +33,6 @@ from llmd.worker.runner import PendingStep, Runner
 from llmd_kernels import dispatch
 from llmd_kernels.paged_attention import tiles, triton_ops
 from tests.kernels.proof.interpreter import interpreted
-from tests.kernels.proof.memory import Memory
 from tests.worker.engine import BLOCK_SIZE, Answer, Engine, generate_request
 from tests.worker.recorder import RecordingStream, no_waiting
 
@@ -74,8 +73,6 @@ def pretended_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, interpreted():
         patch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
         patch.setattr(triton_ops, "processors", lambda _: triton_ops.Processors("sm_90", 2))
-        # races are looked for where each kernel is proven; here all padding tokens write to the same slot
-        patch.setattr(Memory, "_note", lambda *_, **__: None)
         patch.setitem(tiles.TABLE, ("sm_90", 64, "32"), tiles.TileConfig(16, 16, 32, 4, 1, 1))
         yield
 
@@ -111,7 +108,7 @@ def cache(decoder: Decoder, num_blocks: int) -> Any:
 
 
 def cpu_engine(decoder: Decoder, *, num_blocks: int = 100, chunk: int = 64) -> Engine:
-    runner = CpuRunner(decoder, cache(decoder, num_blocks), num_blocks=num_blocks, block_size=BLOCK_SIZE, device=CPU)
+    runner = CpuRunner(decoder, cache(decoder, num_blocks), block_size=BLOCK_SIZE, device=CPU)
     return Engine(make_scheduler(num_blocks, chunk), runner)
 
 
@@ -140,7 +137,6 @@ def run_on_gpu(
             decoder,
             cache(decoder, num_blocks),
             stream,
-            num_blocks=num_blocks,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=MAX_NUM_SEQS,
             max_num_tokens=chunk,

@@ -43,7 +43,7 @@ def make_engine(
         num_blocks=num_blocks,
         max_model_len=512,
     )
-    return Engine(scheduler, CpuRunner(decoder, kv, num_blocks=num_blocks, block_size=BLOCK_SIZE, device=CPU))
+    return Engine(scheduler, CpuRunner(decoder, kv, block_size=BLOCK_SIZE, device=CPU))
 
 
 def request(request_id: int = 0, *, prompt: list[int] = PROMPT, seed: int = 5, **parameters: Any) -> GenerateRequest:

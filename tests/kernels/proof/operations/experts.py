@@ -1,6 +1,7 @@
 """The proof of `experts` in Triton."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from llmd_kernels.experts import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
-from tests.kernels.proof.inputs import apart, dtype_name, meta, randn
+from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
 
 # (hidden size, intermediate size, experts, chosen, activation) of Mixtral-8x7B, Qwen3-30B-A3B, gpt-oss-20b.
 SHIPPED = {
@@ -58,7 +59,7 @@ def case(
 
 
 def cases() -> Iterator[Case]:
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in FLOATS:
         for num_tokens, num_chosen, sizes in (
             (0, 2, (4, 64, 32)),
             (1, 1, (1, 16, 8)),
@@ -85,50 +86,61 @@ def cases() -> Iterator[Case]:
     )
 
 
-def rows(num_tokens: int, num_chosen: int, sizes: tuple[int, int, int]) -> Rows:
+def rows(num_tokens: int, num_chosen: int, sizes: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16) -> Rows:
     """More choices of one expert than the narrowest tile holds, so that tiles of several widths come about."""
     num_experts, hidden_size, _ = sizes
-    x, layer = randn(num_tokens, hidden_size).bfloat16(), stacks(*sizes, torch.bfloat16, has_bias=True)
+    x, layer = randn(num_tokens, hidden_size, dtype=dtype), stacks(*sizes, dtype, has_bias=True)
     chosen = choices(num_tokens, num_experts, num_chosen)
 
     def run(ids: Tensor) -> tuple[Tensor, ...]:
         return (triton_ops.experts(x[ids], chosen["expert_ids"][ids], chosen["weights"][ids], **layer),)
 
-    return Rows(f"{num_tokens} tokens, {num_chosen} of {num_experts}", num_tokens, run)
+    return Rows(f"{dtype_name(dtype)} {num_tokens} tokens, {num_chosen} of {num_experts}", num_tokens, run)
 
 
 def configurations() -> Iterator[Configuration]:
-    for name, (hidden_size, intermediate_size, num_experts, num_chosen, activation) in SHIPPED.items():
+    for name, sizes in SHIPPED.items():
         for num_tokens in NUM_TOKENS:
-
-            def call(
-                sizes: tuple[int, int, int, int] = (hidden_size, intermediate_size, num_experts, num_chosen),
-                num_tokens: int = num_tokens,
-                activation: Any = activation,
-            ) -> None:
-                hidden_size, intermediate_size, num_experts, num_chosen = sizes
-                has_bias = activation == "clamped_silu"
-                triton_ops.experts(
-                    meta(num_tokens, hidden_size, dtype=torch.bfloat16),
-                    meta(num_tokens, num_chosen, dtype=torch.int32),
-                    meta(num_tokens, num_chosen, dtype=torch.float32),
-                    meta(num_experts, 2 * intermediate_size, hidden_size, dtype=torch.bfloat16),
-                    meta(num_experts, hidden_size, intermediate_size, dtype=torch.bfloat16),
-                    activation,
-                    meta(num_experts, 2 * intermediate_size, dtype=torch.bfloat16) if has_bias else None,
-                    meta(num_experts, hidden_size, dtype=torch.bfloat16) if has_bias else None,
-                )
-
             # add_chosen reads a place and a weight for each choice, in every thread.
             yield Configuration(
-                f"{name} {num_tokens} tokens", call, vector_share=0.85, narrow=["group_kernel"], matrix=MATRIX
+                f"{name} {num_tokens} tokens",
+                partial(_launch, *sizes, num_tokens=num_tokens, dtype=torch.bfloat16),
+                vector_share=0.85,
+                narrow=["group_kernel"],
+                matrix=MATRIX,
             )
+    for num_tokens in (16, 4096):
+        call = partial(_launch, *SHIPPED["gpt-oss-20b"], num_tokens=num_tokens, dtype=torch.float32)
+        yield Configuration(f"float32 {num_tokens} tokens", call, vector_share=0.85, narrow=["group_kernel"])
+
+
+def _launch(
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    num_chosen: int,
+    activation: Any,
+    *,
+    num_tokens: int,
+    dtype: torch.dtype,
+) -> None:
+    has_bias = activation == "clamped_silu"
+    triton_ops.experts(
+        meta(num_tokens, hidden_size, dtype=dtype),
+        meta(num_tokens, num_chosen, dtype=torch.int32),
+        meta(num_tokens, num_chosen, dtype=torch.float32),
+        meta(num_experts, 2 * intermediate_size, hidden_size, dtype=dtype),
+        meta(num_experts, hidden_size, intermediate_size, dtype=dtype),
+        activation,
+        meta(num_experts, 2 * intermediate_size, dtype=dtype) if has_bias else None,
+        meta(num_experts, hidden_size, dtype=dtype) if has_bias else None,
+    )
 
 
 PROOF = Proof(
     triton_ops.experts,
     reference.experts,
     list(cases()),
-    [rows(70, 2, (4, 72, 40)), rows(20, 3, (5, 130, 66))],
+    [rows(70, 2, (4, 72, 40)), rows(20, 3, (5, 130, 66)), rows(20, 2, (2, 70, 40), torch.float32)],
     list(configurations()),
 )

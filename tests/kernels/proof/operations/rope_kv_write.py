@@ -91,6 +91,11 @@ def cases() -> Iterator[Case]:
         yield _case(f"{shape.name}, float8 cache", shape, 3, torch.bfloat16, torch.float8_e4m3fn)
     zeros = arguments(SMALL[0], 4, torch.bfloat16, torch.float8_e4m3fn)
     yield Case("zeros into float8", {**zeros, "qkv": zeros["qkv"] * 0}, in_place=CACHES)
+    for cache_dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        given = arguments(SMALL[2], 4, torch.bfloat16, cache_dtype)
+        in_place = CACHES if cache_dtype == torch.float8_e4m3fn else CACHES[:2]
+        padded = given | {"slots": torch.tensor([5, -1, 2, -1])}
+        yield Case(f"padding, {dtype_name(cache_dtype)} cache", padded, in_place=in_place, outputs=["q"])
     given = arguments(SMALL[0], 4, torch.bfloat16)
     yield Case("rows apart", {**given, "qkv": apart(given["qkv"])}, in_place=CACHES[:2])
     for shape in SHIPPED:

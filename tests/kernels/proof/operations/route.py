@@ -47,6 +47,8 @@ def cases() -> Iterator[Case]:
                 {"logits": logits, **with_bias(arguments, bias)},
                 outputs=outputs,
             )
+        padded = {"logits": randn(6, num_experts), "slots": torch.tensor([5, 0, -1, 3, -1, -1])}
+        yield Case(f"{name} padding", {**padded, **with_bias(arguments, bias)}, outputs=["expert_ids", "weights"])
         ties = torch.tensor([0.0, -0.0, 1.0, 1.0])[torch.arange(7 * num_experts).view(7, -1) * 5 % 4]
         yield Case(f"{name} ties", {"logits": ties, **arguments, "choice_bias": None})
     num_experts, arguments = SHIPPED["Qwen3-30B-A3B"]
@@ -69,7 +71,8 @@ def configurations() -> Iterator[Configuration]:
                 num_experts: int = num_experts, arguments: dict[str, Any] = arguments, dtype: torch.dtype = dtype
             ) -> None:
                 bias = meta(num_experts, dtype=torch.float32)
-                triton_ops.route(meta(64, num_experts, dtype=dtype), **with_bias(arguments, bias))
+                slots = meta(64, dtype=torch.int64)
+                triton_ops.route(meta(64, num_experts, dtype=dtype), **with_bias(arguments, bias), slots=slots)
 
             # A few rows of some hundred numbers: what counts is the launch.
             yield Configuration(f"{name} {dtype_name(dtype)}", call, vector_share=0.0)

@@ -15,7 +15,6 @@ from tests.kernels.proof.checks import Case, Configuration, Proof
 from tests.kernels.proof.inputs import meta
 
 BLOCK_SIZE = 4
-PADDING_SLOT = 9999
 Row = tuple[int, int, int, int, int]
 
 
@@ -35,7 +34,7 @@ def prepare(module: ModuleType) -> Callable[..., tuple[Tensor, ...]]:
         tables = SequenceTables(token_ids.clone(), block_tables.clone())
         inputs = used_inputs(max_rows, max_tokens, max_logits)
         module.write_differences(step, tables, max_rows=max_rows)
-        module.step_inputs(step, tables, inputs, block_size=BLOCK_SIZE, padding_slot=PADDING_SLOT)
+        module.step_inputs(step, tables, inputs, block_size=BLOCK_SIZE)
         module.append_token_ids(drawn, tables, inputs)
         return (tables.token_ids, tables.block_tables, *tensors_of(inputs))
 
@@ -111,7 +110,7 @@ def configurations() -> Iterator[Configuration]:
         inputs = allocate_inputs(256, 2048, 256, device=device)
         step = meta(10_000, dtype=torch.int32)
         triton_ops.write_differences(step, tables, max_rows=256)
-        triton_ops.step_inputs(step, tables, inputs, block_size=16, padding_slot=99)
+        triton_ops.step_inputs(step, tables, inputs, block_size=16)
         triton_ops.append_token_ids(meta(256, dtype=torch.int64), tables, inputs)
 
     # A number a thread: a few kilobytes in all.
