@@ -43,7 +43,7 @@ def test_little_is_moved() -> None:
 
 FAULTS = [
     ("one row too far", "rows + FIRST_TOKEN * max_rows, max_rows, token)", "rows + FIRST_TOKEN * max_rows, max_rows, token + 1)"),  # noqa: E501
-    ("padding not marked", "tl.where(is_used, block * PAGE + position % PAGE, -1)", "block * PAGE + position % PAGE"),  # noqa: E501
+    ("padding not marked", "tl.where(is_used, block * PAGE + position % PAGE, -1)", "block * PAGE + position % PAGE"),
     ("padding reads the tables", "token_table + place * token_stride + position, mask=is_used", "token_table + place * token_stride + position, mask=exists"),  # noqa: E501
     ("place forgotten", "block_tables + place * block_stride + position", "block_tables + row * block_stride + position"),  # noqa: E501
     ("start of the wrong row", "rows + START * max_rows + row, mask=is_used", "rows + START * max_rows + 0 * row, mask=is_used"),  # noqa: E501

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 from triton.runtime.jit import JITFunction
 
@@ -158,9 +158,19 @@ _WAITING_OPERATIONS = {"aten::nonzero", "aten::_local_scalar_dense", "aten::mask
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Inside, everything that would wait for a GPU raises HostSync."""
-    with _NoWaitingMethods(), _NoWaitingOperations():
-        yield
+    """Inside, everything that would wait for a GPU raises HostSync. What interprets a kernel may do what it likes."""
+    real_run = JITFunction.run
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return real_run(*args, **kwargs)
+
+    JITFunction.run = run  # type: ignore[method-assign, assignment]
+    try:
+        with _NoWaitingMethods(), _NoWaitingOperations():
+            yield
+    finally:
+        JITFunction.run = real_run  # type: ignore[method-assign]
 
 
 class _NoWaitingMethods(TorchFunctionMode):
