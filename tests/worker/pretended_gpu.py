@@ -1,7 +1,5 @@
 """A GPU that is not there: the runner of GPUs on CPU tensors, its kernels interpreted, its graphs recorded."""
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import llmd_kernels
 from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.scheduler import Scheduler
 from llmd.model import checkpoint
@@ -25,13 +22,9 @@ from llmd.worker.gpu_runner import GpuRunner
 from llmd.worker.runner import PendingStep, Runner
 from llmd_kernels import dispatch
 from llmd_kernels.paged_attention import tiles, triton_ops
-from tests.kernels.proof.interpreter import interpreted
+from tests.kernels.proof.interpreter import Launch, interpreted
 from tests.worker.engine import BLOCK_SIZE, Answer, Engine
 from tests.worker.recorder import RecordingStream, no_waiting
-
-# Triton looks at a kernel when its module is imported: before the interpreter is on
-for module in pkgutil.walk_packages(llmd_kernels.__path__, "llmd_kernels."):
-    importlib.import_module(module.name)
 
 CPU = torch.device("cpu")
 MAX_MODEL_LEN = 128
@@ -51,14 +44,14 @@ def load_for_gpu(folder: Path, dtype: torch.dtype) -> Decoder:
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[None]:
+def pretended_gpu() -> Iterator[list[Launch]]:
     """CPU tensors are a GPU's: with two processors, and splits so short that tiny contexts have several."""
-    with pytest.MonkeyPatch.context() as patch, interpreted():
+    with pytest.MonkeyPatch.context() as patch, interpreted() as launches:
         patch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
         patch.setattr(triton_ops, "processors", lambda _: triton_ops.Processors("sm_90", 2))
         for numbers in ("32", "16/16", "16/8"):
             patch.setitem(tiles.TABLE, ("sm_90", 64, numbers), tiles.TileConfig(16, 16, 32, 4, 1, 1))
-        yield
+        yield launches
 
 
 @dataclass
@@ -98,6 +91,31 @@ def cpu_engine(
     return Engine(make_scheduler(num_blocks, chunk), runner)
 
 
+def gpu_runner(
+    decoder: Decoder,
+    stream: RecordingStream,
+    *,
+    num_blocks: int = 100,
+    chunk: int = 64,
+    with_graphs: bool = True,
+    kv_dtype: torch.dtype | None = None,
+    max_num_seqs: int = MAX_NUM_SEQS,
+) -> Runner:
+    """For use inside of `pretended_gpu`."""
+    return NeverWaiting(
+        GpuRunner(
+            decoder,
+            cache(decoder, num_blocks, kv_dtype),
+            stream,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=chunk,
+            device=CPU,
+            with_graphs=with_graphs,
+        )
+    )
+
+
 @dataclass
 class GpuRun:
     """What came of it."""
@@ -105,6 +123,7 @@ class GpuRun:
     answers: dict[int, Answer]
     stream: RecordingStream
     scheduler: Scheduler
+    kernels: set[str]  # the names of those that ran
 
 
 def run_on_gpu(
@@ -118,22 +137,16 @@ def run_on_gpu(
     kv_dtype: torch.dtype | None = None,
 ) -> GpuRun:
     """One batch of requests to its end, then the next. num_prepared: how often the runner may prepare itself first."""
-    with pretended_gpu():
+    with pretended_gpu() as launches:
         stream = RecordingStream()
-        runner = GpuRunner(
-            decoder,
-            cache(decoder, num_blocks, kv_dtype),
-            stream,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=MAX_NUM_SEQS,
-            max_num_tokens=chunk,
-            device=CPU,
-            with_graphs=with_graphs,
+        runner = gpu_runner(
+            decoder, stream, num_blocks=num_blocks, chunk=chunk, with_graphs=with_graphs, kv_dtype=kv_dtype
         )
-        engine = Engine(make_scheduler(num_blocks, chunk, prefix_caching=prefix_caching), NeverWaiting(runner))
+        engine = Engine(make_scheduler(num_blocks, chunk, prefix_caching=prefix_caching), runner)
         for _ in range(num_prepared):
             engine.runner.prepare()
         answers: dict[int, Answer] = {}
         for requests in batches:
             answers |= engine.run(requests)
-    return GpuRun(answers, stream, engine.scheduler)
+    kernels = {launch.kernel for launch in launches}
+    return GpuRun(answers, stream, engine.scheduler, kernels)

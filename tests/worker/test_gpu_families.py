@@ -1,5 +1,5 @@
 """The step of a GPU, on CPU tensors, for what the smallest float32 model has not: 16 bits, experts, latent attention,
-quantised weights and caches. Every layer can be captured, gives what the CPU's runner gives, and does not know its company.
+quantised weights and caches. All can be captured, give what the CPU's runner gives, and do not know their company.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ class Family:
     kv_dtype: torch.dtype | None = None
 
 
+DENSE_KERNELS = ("linear_kernel", "quantized_linear_kernel", "linear_draw_kernel")
+MOE_KERNELS = ("linear_kernel", "route_kernel", "group_kernel", "gate_up_kernel", "down_kernel")
 FAMILIES = {
     "int4": Family("qwen3", torch.float16, 0.02, {}, quantized="gptq, 4 bits, shuffled"),
     "float8 weights and cache": Family(
@@ -73,6 +75,8 @@ def test_steps_of_a_gpu(name: str, tmp_path: Path) -> None:
     expected = cpu_engine(on_cpu, chunk=16, kv_dtype=family.kv_dtype).run([first, told])
     for request_id in (0, 1):
         assert_close(together.answers[request_id], expected[request_id], tolerance=family.tolerance)
+    kernels = MOE_KERNELS if has_experts else DENSE_KERNELS
+    assert together.kernels >= {*kernels, "attend", "rope_kv_write_kernel"}
     alone = run_on_gpu(on_gpu, [first], kv_dtype=family.kv_dtype, with_graphs=False)
     assert alone.answers[0] == together.answers[0]
 

@@ -10,12 +10,25 @@ from typing import Any
 import pytest
 import torch
 from make_tiny_model import make_tiny_model
+from torch import Tensor
 
 from llmd.model import decode_sizes
 from llmd.model.decoder import Decoder
-from llmd.worker import gpu_runner
+from llmd.protocol.generation import SamplingParams
+from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
+from llmd.worker import gpu_runner as gpu_runner_module
+from llmd.worker.stream import Download
 from tests.worker.engine import Answer, generate_request
-from tests.worker.pretended_gpu import GpuRun, cpu_engine, load_for_cpu, load_for_gpu, run_on_gpu
+from tests.worker.pretended_gpu import (
+    GpuRun,
+    cpu_engine,
+    gpu_runner,
+    load_for_cpu,
+    load_for_gpu,
+    pretended_gpu,
+    run_on_gpu,
+)
+from tests.worker.recorder import RecordingStream
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +150,71 @@ def test_a_prompt_too_long_for_a_captured_step_is_sent_otherwise(
     requests = [generate_request(i, long, max_tokens=2, temperature=0.0) for i in (0, 1)]
     whole = run_on_gpu(gpu_decoder, requests[:1], requests[1:], prefix_caching=True)
     # all of the second prompt but its last token is cached: that is a decode step with many new numbers
-    monkeypatch.setattr(gpu_runner, "_CAPTURED_NUMBERS", 100)
+    monkeypatch.setattr(gpu_runner_module, "_CAPTURED_NUMBERS", 100)
     small = run_on_gpu(gpu_decoder, requests[:1], requests[1:], prefix_caching=True)
     assert small.answers[1].num_cached_tokens == 32
     assert small.answers[1].token_ids == whole.answers[1].token_ids == whole.answers[0].token_ids
+
+
+def plan(step_id: int, *rows: SequenceStep, dropped: list[int] | None = None, new: list[int] | None = None) -> StepPlan:
+    """The sequences in `new` have a prompt of five tokens each, another for each id."""
+    brought = [
+        NewSequence(
+            sequence_id=sequence_id,
+            token_ids=prompt(5, sequence_id),
+            num_prompt_tokens=5,
+            sampling=SamplingParams(max_tokens=9, seed=0, temperature=0.0),
+        )
+        for sequence_id in new or []
+    ]
+    return StepPlan(step_id=step_id, dropped=dropped or [], new=brought, sequences=list(rows))
+
+
+def test_a_place_and_its_blocks_go_to_another_while_steps_are_in_flight(
+    cpu_decoder: Decoder, gpu_decoder: Decoder
+) -> None:
+    """There is one place. Each plan is launched before the result of the one before it is read."""
+    plans = [
+        plan(0, SequenceStep(1, 0, 5, [0], samples=True), new=[1]),
+        plan(1, SequenceStep(1, 5, 1, [], samples=True)),
+        plan(2, SequenceStep(2, 0, 5, [0], samples=True), dropped=[1], new=[2]),
+        plan(3, SequenceStep(2, 5, 1, [], samples=True)),
+        plan(4, SequenceStep(3, 0, 5, [0], samples=True), dropped=[2], new=[3]),
+    ]
+    with pretended_gpu():
+        runner = gpu_runner(gpu_decoder, RecordingStream(), num_blocks=1, max_num_seqs=1)
+        pending, results = [runner.launch(plans[0])], []
+        for following in plans[1:]:
+            pending.append(runner.launch(following))
+            results.append(pending.pop(0).result())
+        results.append(pending.pop().result())
+    cpu_runner = cpu_engine(cpu_decoder, num_blocks=1).runner
+    for result, expected in zip(results, [cpu_runner.launch(p).result() for p in plans], strict=True):
+        (ours,), (theirs,) = result.results, expected.results
+        assert (result.step_id, ours.sequence_id, ours.token_id) == (
+            expected.step_id,
+            theirs.sequence_id,
+            theirs.token_id,
+        )
+
+
+class FailingStream(RecordingStream):
+    """Its device fails in the middle of a step; the host finds out when it waits for numbers."""
+
+    def download(self, source: Tensor) -> Download:
+        super().download(source)
+        return Failed()
+
+
+class Failed:
+    def wait(self) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_what_goes_wrong_on_the_device_is_raised_by_the_result(gpu_decoder: Decoder) -> None:
+    """Not by the launch of a later step; see test_serving for how it ends a rank."""
+    with pretended_gpu():
+        runner = gpu_runner(gpu_decoder, FailingStream(), num_blocks=1)
+        pending = runner.launch(plan(0, SequenceStep(1, 0, 5, [0], samples=True), new=[1]))
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            pending.result()

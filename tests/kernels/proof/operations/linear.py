@@ -51,15 +51,15 @@ def cases() -> Iterator[Case]:
     )
 
 
-def rows(num_inputs: int, num_outputs: int) -> Rows:
+def rows(num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.bfloat16) -> Rows:
     """More rows than one program takes, so that some of the runs split K and some do not."""
-    x = randn(70, num_inputs).bfloat16()
-    w, bias = weight(num_outputs, num_inputs, torch.bfloat16), randn(num_outputs, seed=2).bfloat16()
+    x = randn(70, num_inputs, dtype=dtype)
+    w, bias = weight(num_outputs, num_inputs, dtype), randn(num_outputs, dtype=dtype, seed=2)
 
     def run(ids: Tensor) -> tuple[Tensor, ...]:
         return (triton_ops.linear(x[ids], w, bias),)
 
-    return Rows(f"{num_inputs} → {num_outputs}", len(x), run)
+    return Rows(f"{dtype_name(dtype)} {num_inputs} → {num_outputs}", len(x), run)
 
 
 def configurations() -> Iterator[Configuration]:
@@ -91,6 +91,6 @@ PROOF = Proof(
     triton_ops.linear,
     reference.linear,
     list(cases()),
-    [rows(100, 70), rows(2100, 65)],
+    [rows(100, 70), rows(2100, 65), rows(100, 70, torch.float32)],
     list(configurations()),
 )
