@@ -77,7 +77,7 @@ FAULTS: dict[str, list[Fault]] = {
         ("weights with the bias", "tl.where(is_best, scores, 0.0)", "tl.where(is_best, choice, 0.0)"),
         ("worth of the best alone", "worth += tl.max(", "worth += 0 * tl.max("),
         ("one group too many", "tl.static_range(NUM_CHOSEN_GROUPS)", "tl.static_range(NUM_CHOSEN_GROUPS + 1)"),
-        ("scale forgotten", "chosen_scores * scale", "chosen_scores"),
+        ("scale forgotten", "chosen_scores *= scale", "chosen_scores *= 1.0"),
         ("tokens not masked", "mask = exists & (tokens < num_tokens)[:, None, None]", "mask = exists & (tokens >= 0)[:, None, None]"),  # noqa: E501
     ],
     "experts": [
