@@ -97,7 +97,6 @@ def gpu_runner(model: Decoder, stream: Stream, *, kv_dtype: torch.dtype, with_gr
         model,
         kv,
         stream,
-        num_blocks=NUM_BLOCKS,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=MAX_NUM_SEQS,
         max_num_tokens=MAX_NUM_TOKENS,
