@@ -22,7 +22,7 @@ NUM_STEPS = 400
 
 def answer(plan: StepPlan) -> StepResult:
     """What a rank would send: the same token for everyone."""
-    results = [SequenceResult(step.sequence_id, 7, None, []) for step in plan.sequences if step.samples]
+    results = [SequenceResult(step.sequence_id, 7) for step in plan.sequences if step.samples]
     return StepResult(step_id=plan.step_id, results=results)
 
 

@@ -145,7 +145,7 @@ class FakeRank:
                 logprobs = token_logprobs(context, token_id)
         if token_id is None and not prompt_logprobs:
             return None
-        return SequenceResult(step.sequence_id, token_id, logprobs, prompt_logprobs)
+        return SequenceResult(step.sequence_id, token_id, logprobs, tuple(prompt_logprobs))
 
     def _check_context(self, step: SequenceStep, end: int) -> None:
         """Whether the sequence's first `end` tokens stand in the cache where its block table says."""

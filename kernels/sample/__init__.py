@@ -5,17 +5,17 @@ from torch import Tensor
 from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.sample import torch_device, torch_ops
 from llmd_kernels.sample.batch import RowSampling, SampledTokens, SamplingBatch
-from llmd_kernels.sample.device import DeviceSampling, PackedSampling, RowRecord, pack_sampling, record_of
+from llmd_kernels.sample.device import DeviceSampling, PackedSampling, pack_sampling
+from llmd_kernels.sample.records import SamplingRecords
 
 __all__ = [
     "DeviceSampling",
     "PackedSampling",
-    "RowRecord",
     "RowSampling",
     "SampledTokens",
     "SamplingBatch",
+    "SamplingRecords",
     "pack_sampling",
-    "record_of",
     "sample",
     "sample_on_device",
 ]

@@ -3,33 +3,18 @@
 Knows no kernel. The host need not know which tokens were drawn: only how many each sequence has.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from llmd_kernels.sample.batch import RowSampling
+from llmd_kernels.sample.records import ADJUSTS, FILTERS, SEQUENCE_FIELDS, SamplingRecords, Words, record_of
 
-Words = np.ndarray[Any, np.dtype[np.int32]]
-
-# Words of a row that do not change while its sequence lives, in the buffer's order; the seed is two words before them.
-SEQUENCE_FIELDS = (
-    "choice",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
 # Words of a row that change at each step.
-STEP_FIELDS = ("position", "prompt_len", "place", "bitmask_row", "flags")
-# Bits of a row's flags: top_k, top_p or min_p; bitmask, biases or penalties; penalties.
-FILTERS, ADJUSTS, PENALIZES = 1, 2, 4
+STEP_FIELDS = ("position", "bitmask_row", "flags")
 NUM_ROW_WORDS = 2 + len(SEQUENCE_FIELDS) + len(STEP_FIELDS)
 
 
@@ -65,47 +50,6 @@ class DeviceSampling:
     flags: Tensor  # [R] int32: FILTERS, ADJUSTS, PENALIZES
     filters: bool
     adjusts: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RowRecord:
-    """A RowSampling in words: made once a sequence, packed at each of its steps."""
-
-    seed: Words  # [2]: low word, high word
-    numbers: Words  # [len(SEQUENCE_FIELDS)]
-    # Token ids and what is added to their logits; before `min_tokens` output tokens, then from there on.
-    early_biases: tuple[Words, Words]
-    biases: tuple[Words, Words]
-    min_tokens: int
-    filters: bool
-    penalizes: bool
-
-
-def record_of(row: RowSampling) -> RowRecord:
-    """The row's parameters in float32, as the device has them."""
-    floats = np.array(
-        [
-            row.temperature,
-            row.top_p,
-            row.min_p,
-            row.repetition_penalty,
-            row.presence_penalty,
-            row.frequency_penalty,
-        ],
-        np.float32,
-    ).view(np.int32)
-    integers = np.array([row.seed & 0xFFFFFFFF, row.seed >> 32, row.choice], np.uint32).view(np.int32)
-    filters = row.temperature > 0 and (row.top_k > 0 or row.top_p < 1 or row.min_p > 0)
-    penalties = (row.repetition_penalty, row.presence_penalty, row.frequency_penalty)
-    return RowRecord(
-        seed=integers[:2],
-        numbers=np.concatenate((integers[2:], floats[:1], np.array([row.top_k], np.int32), floats[1:])),
-        early_biases=_bias_words({**row.logit_bias, **dict.fromkeys(row.stop_token_ids, float("-inf"))}),
-        biases=_bias_words(row.logit_bias),
-        min_tokens=row.min_tokens,
-        filters=filters,
-        penalizes=penalties != (1, 0, 0),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,60 +120,47 @@ class PackedSampling:
 
 
 def pack_sampling(
-    records: Sequence[RowRecord],
+    records: SamplingRecords,
     *,
-    positions: Sequence[int],
-    prompt_lens: Sequence[int],
-    places: Sequence[int],
-    bitmask_rows: Sequence[int] | None = None,
+    columns: npt.ArrayLike,
+    positions: npt.ArrayLike,
+    bitmask_rows: npt.ArrayLike | None = None,
     num_rows: int | None = None,
     num_biases: int | None = None,
 ) -> PackedSampling:
-    """One entry a row each. `num_rows` and `num_biases` are sizes to fill up to, for buffers that do not change.
+    """One entry a row each; columns: which records are theirs, positions: which output token each draws, from 0.
 
-    Rows that fill up are greedy and ask for nothing. ValueError if a size is too small.
+    `num_rows` and `num_biases` are sizes to fill up to, for buffers that do not change. Rows that fill up are greedy
+    and ask for nothing. ValueError if a size is too small.
     """
-    biases = [
-        record.early_biases if position < record.min_tokens else record.biases
-        for record, position in zip(records, positions, strict=True)
-    ]
-    starts = np.cumsum([0, *(len(ids) for ids, _ in biases)], dtype=np.int32)
-    used_rows, used_biases = len(records), int(starts[-1])
+    columns, positions = np.asarray(columns, np.intp), np.asarray(positions, np.int32)
+    flags = records.flags(columns, positions)
+    biases = records.biases(columns, positions) if (flags & ADJUSTS).any() else []
+    used_rows, used_biases = len(columns), sum(len(ids) for ids, _ in biases)
     num_rows = used_rows if num_rows is None else num_rows
     num_biases = used_biases if num_biases is None else num_biases
     if used_rows > num_rows or used_biases > num_biases:
         raise ValueError(f"{used_rows} rows with {used_biases} biases do not fit {num_rows} and {num_biases}")
-    bitmask_rows = bitmask_rows or [-1] * used_rows
-    flags = [
-        FILTERS * record.filters
-        | ADJUSTS * (record.penalizes or len(ids) > 0 or bitmask_row >= 0)
-        | PENALIZES * record.penalizes
-        for record, (ids, _), bitmask_row in zip(records, biases, bitmask_rows, strict=True)
-    ]
+    if bitmask_rows is not None:
+        flags |= np.where(np.asarray(bitmask_rows) >= 0, ADJUSTS, 0).astype(np.int32)
     layout = Layout.of(num_rows, num_biases)
     words = np.zeros(layout.num_words, np.int32)
+    words[: 2 * used_rows].view(np.int64)[:] = records.seeds[columns]
     numbers = words[layout.numbers : layout.bias_starts].reshape(NUM_ROW_WORDS - 2, -1)
-    numbers[:, used_rows:] = _IDLE[:, None]
-    words[layout.bias_starts :][: num_rows + 1] = used_biases
-    words[layout.bias_starts :][: used_rows + 1] = starts
-    numbers[len(SEQUENCE_FIELDS) :, :used_rows] = (positions, prompt_lens, places, bitmask_rows, flags)
-    if records:
-        words[: 2 * used_rows] = np.concatenate([record.seed for record in records])
-        numbers[: len(SEQUENCE_FIELDS), :used_rows] = np.stack([record.numbers for record in records], axis=1)
+    numbers[: len(SEQUENCE_FIELDS), :used_rows] = records.numbers[:, columns]
+    of_step = (positions, -1 if bitmask_rows is None else bitmask_rows, flags)
+    for packed, column in zip(numbers[len(SEQUENCE_FIELDS) :], of_step, strict=True):
+        packed[:used_rows] = column
+    numbers[:, used_rows:] = _IDLE
+    if biases:
+        bias_starts = words[layout.bias_starts :][: num_rows + 1]
+        bias_starts[1 : used_rows + 1] = np.cumsum([len(ids) for ids, _ in biases])
+        bias_starts[used_rows + 1 :] = used_biases
         words[layout.bias_ids :][:used_biases] = np.concatenate([ids for ids, _ in biases])
         words[layout.biases :][:used_biases] = np.concatenate([values for _, values in biases])
-    return PackedSampling(
-        words,
-        num_rows,
-        num_biases,
-        filters=any(flag & FILTERS for flag in flags),
-        adjusts=any(flag & ADJUSTS for flag in flags),
-    )
-
-
-def _bias_words(biases: Mapping[int, float]) -> tuple[Words, Words]:
-    return np.array(list(biases), np.int32), np.array(list(biases.values()), np.float32).view(np.int32)
+    asked = int(np.bitwise_or.reduce(flags))
+    return PackedSampling(words, num_rows, num_biases, filters=bool(asked & FILTERS), adjusts=bool(asked & ADJUSTS))
 
 
 # What a row says that fills up: no seed, nothing asked for, no bitmask.
-_IDLE = np.concatenate((record_of(RowSampling(seed=0, temperature=0)).numbers, np.array([0, 0, 0, -1, 0], np.int32)))
+_IDLE = np.array([*record_of(RowSampling(seed=0, temperature=0)).numbers, *(0, 0), *(0, -1, 0)], np.int32)[:, None]

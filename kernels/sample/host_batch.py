@@ -1,11 +1,13 @@
 """`sample` by way of `sample_on_device`, for devices with kernels: the host's lists become tensors."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmd_kernels.sample import triton_ops
 from llmd_kernels.sample.batch import SampledTokens, SamplingBatch
-from llmd_kernels.sample.device import DeviceSampling, pack_sampling, record_of
+from llmd_kernels.sample.device import DeviceSampling, pack_sampling
+from llmd_kernels.sample.records import PENALIZES, SamplingRecords
 from llmd_kernels.sample.torch_ops import logprobs_of
 
 
@@ -18,15 +20,18 @@ def sample(logits: Tensor, batch: SamplingBatch, *, mask: Tensor | None = None) 
 
 def to_device(batch: SamplingBatch, device: torch.device, *, mask: Tensor | None = None) -> DeviceSampling:
     """A place for each row; mask [R, V] bool on the device."""
-    records = [record_of(row) for row in batch.sampling]
+    places = range(len(batch))
+    records = SamplingRecords.of(batch.sampling, prompt_lens=batch.num_prompt_tokens, places=places)
+    columns = np.array(places, np.intp)
+    positions = np.array([batch.position(r) for r in range(len(batch))], np.int32)
     packed = pack_sampling(
         records,
-        positions=[batch.position(r) for r in range(len(batch))],
-        prompt_lens=batch.num_prompt_tokens,
-        places=range(len(batch)),
-        bitmask_rows=None if mask is None else range(len(batch)),
+        columns=columns,
+        positions=positions,
+        bitmask_rows=None if mask is None else columns,
     )
-    tokens = [ids if record.penalizes else [] for record, ids in zip(records, batch.token_ids, strict=True)]
+    flags = records.flags(columns, positions)
+    tokens = [ids if flag & PENALIZES else [] for flag, ids in zip(flags, batch.token_ids, strict=True)]
     history = torch.zeros(len(batch), max(map(len, tokens), default=0), dtype=torch.int32)
     for place, ids in enumerate(tokens):
         history[place, : len(ids)] = torch.tensor(ids, dtype=torch.int32)

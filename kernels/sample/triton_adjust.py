@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmd_kernels.sample.device import ADJUSTS, PENALIZES, DeviceSampling
+from llmd_kernels.sample.device import DeviceSampling
+from llmd_kernels.sample.records import ADJUSTS, PENALIZES
 
 TILE = 2048
 # Tokens of a history that are counted at a time.

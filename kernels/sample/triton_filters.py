@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmd_kernels.sample.device import FILTERS, DeviceSampling
+from llmd_kernels.sample.device import DeviceSampling
+from llmd_kernels.sample.records import FILTERS
 from llmd_kernels.sample.triton_adjust import load_scores
 from llmd_kernels.sample.triton_noise import best_of, gumbel_of_ids, noisy
 from llmd_kernels.sample.triton_ranks import ranks_of, units_of, wanted_units, weights_of

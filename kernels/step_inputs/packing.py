@@ -9,7 +9,7 @@ Header and rows lie at the same places in every step of a bucket, so a captured 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,7 @@ TOKEN_IDS, BLOCK_TABLES = 0, 1
 MAX_SEGMENT = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class NewEntries:
+class NewEntries(NamedTuple):
     """Consecutive new entries in one sequence's row of a table."""
 
     table: int  # TOKEN_IDS or BLOCK_TABLES
@@ -52,9 +51,9 @@ def segments_start(max_rows: int) -> int:
 
 def packed_size(max_rows: int, new_entries: Sequence[NewEntries]) -> int:
     """Numbers that `pack_step` writes."""
-    num_segments = sum(-(-len(new.values) // MAX_SEGMENT) for new in new_entries)
-    num_values = sum(len(new.values) for new in new_entries)
-    return segments_start(max_rows) + num_segments * len(SEGMENT_FIELDS) + num_values
+    sizes = [len(new.values) for new in new_entries]
+    num_segments = sum(-(-size // MAX_SEGMENT) for size in sizes)
+    return segments_start(max_rows) + num_segments * len(SEGMENT_FIELDS) + sum(sizes)
 
 
 def pack_step(rows: npt.ArrayLike, new_entries: Sequence[NewEntries], out: Array, *, max_rows: int) -> int:
@@ -71,39 +70,42 @@ def pack_step(rows: npt.ArrayLike, new_entries: Sequence[NewEntries], out: Array
         raise ValueError(f"the step takes {size} numbers, the buffer has {len(out)}: make it larger")
     place, start, num_tokens, num_prompt_logits, samples = given.T
     num_logits = num_prompt_logits + samples
-    token_ends, logit_ends, sample_ends = num_tokens.cumsum(), num_logits.cumsum(), samples.cumsum()
-    totals = [int(ends[-1]) if len(given) else 0 for ends in (token_ends, logit_ends, sample_ends)]
+    counts = np.array((num_tokens, num_logits, samples))
+    ends = counts.cumsum(axis=1)
+    totals = ends[:, -1].tolist() if len(given) else (0, 0, 0)
+    first_token, first_logit, sample = ends - counts
 
-    columns = {
-        "place": place,
-        "start": start,
-        "num_tokens": num_tokens,
-        "first_token": token_ends - num_tokens,
-        "num_prompt_logits": num_prompt_logits,
-        "first_logit": logit_ends - num_logits,
-        "sample": np.where(samples, sample_ends - 1, -1),
-    }
-    # Rows that are not used have no tokens, and so begin where the last one ends.
-    unused = {"first_token": totals[0], "first_logit": totals[1], "sample": -1}
     packed_rows = out[HEADER_SIZE : segments_start(max_rows)].reshape(len(ROW_FIELDS), max_rows)
-    for packed, name in zip(packed_rows, ROW_FIELDS, strict=True):
-        packed[: len(given)] = columns[name]
-        packed[len(given) :] = unused.get(name, 0)
+    # Rows that are not used have no tokens, and so begin where the last one ends.
+    if len(given) < max_rows:
+        packed_rows[:, len(given) :] = np.array([0, 0, 0, totals[0], 0, totals[1], -1])[:, None]
+    columns = (
+        place,
+        start,
+        num_tokens,
+        first_token,
+        num_prompt_logits,
+        first_logit,
+        np.where(samples, sample, -1),
+    )
+    for packed, column in zip(packed_rows, columns, strict=True):
+        packed[: len(given)] = column
+    num_segments = _pack_entries(new_entries, out, segments_start(max_rows), size)
     out[:HEADER_SIZE] = 0
-    out[: len(HEADER_FIELDS)] = [len(given), *totals, _pack_entries(new_entries, out, segments_start(max_rows), size)]
+    out[: len(HEADER_FIELDS)] = (len(given), *totals, num_segments)
     return size
 
 
 def _pack_entries(new_entries: Sequence[NewEntries], out: Array, start: int, end: int) -> int:
     """Segments from `start` on, their values up to `end`; returns the number of segments."""
-    values = end - sum(len(new.values) for new in new_entries)
-    num_segments = 0
+    values_start = end - sum(len(new.values) for new in new_entries)
+    segments: list[int] = []
+    values: list[int] = []
     for new in new_entries:
         for first in range(0, len(new.values), MAX_SEGMENT):
             count = min(MAX_SEGMENT, len(new.values) - first)
-            place = start + num_segments * len(SEGMENT_FIELDS)
-            out[place : place + len(SEGMENT_FIELDS)] = new.table, new.place, new.first + first, count, values + first
-            num_segments += 1
-        out[values : values + len(new.values)] = new.values
-        values += len(new.values)
-    return num_segments
+            segments += (new.table, new.place, new.first + first, count, values_start + len(values) + first)
+        values.extend(new.values)
+    out[start:values_start] = segments
+    out[values_start:end] = values
+    return len(segments) // len(SEGMENT_FIELDS)

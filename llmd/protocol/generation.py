@@ -63,7 +63,7 @@ class CancelRequest(Struct, frozen=True, tag=True):
     request_id: int
 
 
-class TokenEvent(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What a client must hear of one sequence. After an event with `finish` there is none."""
 
     request_id: int

@@ -20,13 +20,14 @@ class NewSequence(Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
 
 
-class SequenceStep(Struct, frozen=True, array_like=True):
+# Hundreds of these come and go each step: no cycle can go through them, so the garbage collector need not look at them.
+class SequenceStep(Struct, frozen=True, array_like=True, gc=False):
     """Tokens [start, start + num_tokens) of one sequence run in this step."""
 
     sequence_id: int
     start: int  # tokens whose KV is in the cache by then
     num_tokens: int  # ≥ 1
-    new_block_ids: list[int]  # to append to the sequence's block table before the step
+    new_block_ids: tuple[int, ...]  # to append to the sequence's block table before the step
     samples: bool  # draw the next token from the last one's logits, and append it to the sequence
 
 
@@ -37,13 +38,13 @@ class StepPlan(Struct, frozen=True, kw_only=True, tag=True):
     sequences: list[SequenceStep]
 
 
-class SequenceResult(Struct, frozen=True, array_like=True):
+class SequenceResult(Struct, frozen=True, array_like=True, gc=False):
     """What a step made of one sequence that samples or wants prompt logprobs."""
 
     sequence_id: int
     token_id: int | None  # the drawn token, if the step samples
-    logprobs: TokenLogprobs | None  # of the drawn token, if asked
-    prompt_logprobs: list[TokenLogprobs]  # of the prompt tokens that follow the tokens run, if asked
+    logprobs: TokenLogprobs | None = None  # of the drawn token, if asked
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt tokens that follow the tokens run, if asked
 
 
 class StepResult(Struct, frozen=True, kw_only=True, tag=True):

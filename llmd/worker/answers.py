@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmd.protocol.generation import TokenLogprobs
 from llmd.protocol.steps import SequenceResult, StepResult
-from llmd.worker.places import Row
+from llmd.worker.places import StepRows
 from llmd.worker.stream import Stream
 from llmd_kernels import DeviceLogprobs
 
@@ -45,7 +45,7 @@ class LaunchedStep:
     def __init__(
         self,
         step_id: int,
-        rows: Sequence[Row],
+        rows: StepRows,
         drawn: Tensor,
         stream: Stream,
         *,
@@ -61,10 +61,14 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """Wait for the copy; read each row's part."""
         numbers = self._arriving.wait().tolist()
-        drawn: dict[int, int] = {}
-        for index, (step, _) in enumerate(self._rows):
-            if step.samples:
-                drawn[index] = int(numbers[len(drawn)])
+        rows = self._rows
+        drawing = rows.drawing.tolist()
+        if not self._logprobs:
+            results = [
+                SequenceResult(rows.sequence_ids[row], token_id) for row, token_id in zip(drawing, numbers, strict=True)
+            ]
+            return StepResult(step_id=self._step_id, results=results)
+        drawn = {row: int(numbers[index]) for index, row in enumerate(drawing)}
         first = len(drawn)
         of_drawn: dict[int, TokenLogprobs] = {}
         of_prompt: dict[int, list[TokenLogprobs]] = {}
@@ -73,21 +77,19 @@ class LaunchedStep:
             for owner in table.owners:
                 entry = numbers[first : first + width]
                 first += width
-                sequence = self._rows[owner][1]
                 if table.of_prompt:
                     entries = of_prompt.setdefault(owner, [])
-                    entries.append(_on_the_wire(entry, table.num_top, sequence.num_prompt_logprobs))
-                elif sequence.num_logprobs is not None:
-                    of_drawn[owner] = _on_the_wire(entry, table.num_top, sequence.num_logprobs)
+                    entries.append(_on_the_wire(entry, table.num_top, rows.prompts[owner].num_top))
+                elif rows.num_logprobs[owner] >= 0:
+                    of_drawn[owner] = _on_the_wire(entry, table.num_top, int(rows.num_logprobs[owner]))
         results = [
-            SequenceResult(self._rows[row][0].sequence_id, drawn.get(row), of_drawn.get(row), of_prompt.get(row, []))
+            SequenceResult(rows.sequence_ids[row], drawn.get(row), of_drawn.get(row), tuple(of_prompt.get(row, ())))
             for row in sorted({*drawn, *of_prompt})
         ]
         return StepResult(step_id=self._step_id, results=results)
 
 
-def _on_the_wire(entry: list[float], num_top: int, num_wanted: int | None) -> TokenLogprobs:
+def _on_the_wire(entry: list[float], num_top: int, num_wanted: int) -> TokenLogprobs:
     token_id, logprob, rank, *top = entry
-    wanted = num_wanted or 0
-    top_ids = [int(top_id) for top_id in top[:wanted]]
-    return TokenLogprobs(int(token_id), logprob, int(rank), top_ids, top[num_top : num_top + wanted])
+    top_ids = [int(top_id) for top_id in top[:num_wanted]]
+    return TokenLogprobs(int(token_id), logprob, int(rank), top_ids, top[num_top : num_top + num_wanted])

@@ -55,7 +55,7 @@ def _results(rows: list[Row], batch: Batch, logits: Tensor) -> list[SequenceResu
     for row in sorted({*prompt_logprobs, *drawn}):
         step, _ = rows[row]
         token_id, logprobs = drawn.get(row, (None, None))
-        results.append(SequenceResult(step.sequence_id, token_id, logprobs, prompt_logprobs.get(row, [])))
+        results.append(SequenceResult(step.sequence_id, token_id, logprobs, tuple(prompt_logprobs.get(row, ()))))
     return results
 
 

@@ -19,7 +19,7 @@ from llmd.protocol.steps import StepPlan, StepResult
 from llmd.worker.answers import LaunchedStep, LogprobsTable
 from llmd.worker.captured_work import CapturedWork
 from llmd.worker.decode_bucket import DecodeBucket, DecodeKind, allocate_bucket
-from llmd.worker.places import Places, Row, wanted_prompt_ids
+from llmd.worker.places import NO_ROWS, Places, StepRows
 from llmd.worker.runner import DoneStep, PendingStep
 from llmd.worker.step_buffer import PackedStep, draws_of, pack, step_of
 from llmd.worker.stream import Stream
@@ -130,7 +130,7 @@ class GpuRunner:
         if not rows:
             return DoneStep(StepResult(step_id=plan.step_id, results=[]))
         if self.has_graphs and (size := self._bucket_size(rows)) is not None:
-            packed = pack(rows, new_entries, max_rows=size, can_draw=self._model.can_draw)
+            packed = self._pack(rows, new_entries, max_rows=size)
             if len(packed.numbers) <= _CAPTURED_NUMBERS:
                 return self._launch_decode(plan.step_id, rows, packed)
         return self._launch_eagerly(plan.step_id, rows, new_entries)
@@ -142,26 +142,30 @@ class GpuRunner:
         if kind is None:
             return False
         self._allocate_bucket(kind.max_rows)
-        self._stream.upload(pack([], [], max_rows=kind.max_rows, can_draw=kind.draws).numbers, self._numbers)
+        self._stream.upload(
+            pack(NO_ROWS, [], self._places.records, max_rows=kind.max_rows, can_draw=kind.draws).numbers, self._numbers
+        )
         # the first time loads what it launches, the second time it is captured
         self._decode.run(kind)
         self._decode.run(kind)
         return True
 
-    def _bucket_size(self, rows: list[Row]) -> int | None:
+    def _pack(self, rows: StepRows, new_entries: list[NewEntries], *, max_rows: int) -> PackedStep:
+        return pack(rows, new_entries, self._places.records, max_rows=max_rows, can_draw=self._model.can_draw)
+
+    def _bucket_size(self, rows: StepRows) -> int | None:
         """The bucket for a step of these rows; None if it is no decode step or too large."""
-        if any(step.num_tokens > 1 for step, _ in rows) or any(map(wanted_prompt_ids, rows)):
+        if not rows.are_decoding:
             return None
         return next((size for size in self._sizes if size >= len(rows)), None)
 
-    def _launch_decode(self, step_id: int, rows: list[Row], packed: PackedStep) -> PendingStep:
+    def _launch_decode(self, step_id: int, rows: StepRows, packed: PackedStep) -> PendingStep:
         kind = DecodeKind(packed.max_rows, packed.draws_plainly)
         self._allocate_bucket(kind.max_rows)
         self._stream.upload(packed.numbers, self._numbers)
         self._decode.run(kind)
         if kind.draws:
-            num_drawn = sum(step.samples for step, _ in rows)
-            return LaunchedStep(step_id, rows, self._drawn[:num_drawn], self._stream)
+            return LaunchedStep(step_id, rows, self._drawn[: len(rows.drawing)], self._stream)
         hidden = self._hidden[: kind.max_rows]
         return self._finish(step_id, rows, packed, self._numbers, hidden, self._buckets[kind.max_rows].inputs)
 
@@ -191,12 +195,12 @@ class GpuRunner:
             work_lists=work_lists,
         )
 
-    def _launch_eagerly(self, step_id: int, rows: list[Row], new_entries: list[NewEntries]) -> PendingStep:
-        packed = pack(rows, new_entries, max_rows=self._max_num_seqs, can_draw=self._model.can_draw)
+    def _launch_eagerly(self, step_id: int, rows: StepRows, new_entries: list[NewEntries]) -> PendingStep:
+        packed = self._pack(rows, new_entries, max_rows=self._max_num_seqs)
         numbers = torch.empty(len(packed.numbers), dtype=torch.int32, device=self._device)
         self._stream.upload(packed.numbers, numbers)
-        num_tokens = _padded(sum(step.num_tokens for step, _ in rows))
-        num_logits = sum(len(wanted_prompt_ids(row)) + row[0].samples for row in rows)
+        num_tokens = _padded(int(rows.num_tokens.sum()))
+        num_logits = int(rows.num_logits.sum())
         inputs = replace(
             self._inputs,
             token_ids=self._inputs.token_ids[:num_tokens],
@@ -215,13 +219,12 @@ class GpuRunner:
         hidden = self._model.hidden(model_inputs, self._kv)
         return self._finish(step_id, rows, packed, numbers, hidden, inputs)
 
-    def _attention(self, rows: list[Row], inputs: StepInputs) -> AttentionBatch:
+    def _attention(self, rows: StepRows, inputs: StepInputs) -> AttentionBatch:
         """Its work list is made on the host, which knows all lengths: so it is as long as this step needs."""
-        steps = [step for step, _ in rows]
         on_host = HostLens(
-            query_starts=np.cumsum([0, *(step.num_tokens for step in steps)]),
-            kv_lens=np.array([step.start + step.num_tokens for step in steps]),
-            places=np.array([sequence.place for _, sequence in rows]),
+            query_starts=np.concatenate(([0], rows.num_tokens.cumsum())),
+            kv_lens=(rows.starts + rows.num_tokens).astype(np.int64),
+            places=rows.places.astype(np.int64),
         )
         return AttentionBatch(
             inputs.query_starts[: len(rows) + 1],
@@ -233,10 +236,10 @@ class GpuRunner:
         )
 
     def _finish(
-        self, step_id: int, rows: list[Row], packed: PackedStep, numbers: Tensor, hidden: Tensor, inputs: StepInputs
+        self, step_id: int, rows: StepRows, packed: PackedStep, numbers: Tensor, hidden: Tensor, inputs: StepInputs
     ) -> PendingStep:
         """Draw from hidden states, whatever the rows ask for. Prompt tokens' states come before each row's own."""
-        owners = [index for index, (step, _) in enumerate(rows) if step.samples]
+        owners = rows.drawing.tolist()
         tables = list(self._prompt_logprobs(rows, hidden))
         drawn = self._drawn[:0]
         if owners:
@@ -247,27 +250,25 @@ class GpuRunner:
             else:
                 logits = self._model.logits(own)
                 drawn = sample_on_device(logits, sampling)
-                asked = [n for owner in owners if (n := rows[owner][1].num_logprobs) is not None]
-                if asked:
-                    logprobs = token_logprobs_on_device(logits, drawn, max(asked))
+                num_top = max(rows.num_logprobs[owners].tolist())
+                if num_top >= 0:
+                    logprobs = token_logprobs_on_device(logits, drawn, num_top)
                     tables.append(LogprobsTable(logprobs, owners, of_prompt=False))
             append_token_ids(drawn, self._tables, inputs)
         return LaunchedStep(step_id, rows, drawn, self._stream, logprobs=tables)
 
-    def _prompt_logprobs(self, rows: list[Row], hidden: Tensor) -> Iterator[LogprobsTable]:
+    def _prompt_logprobs(self, rows: StepRows, hidden: Tensor) -> Iterator[LogprobsTable]:
         """In slabs, because logits of many tokens are large."""
-        first = 0
-        for index, row in enumerate(rows):
-            wanted = wanted_prompt_ids(row)
-            num_top = row[1].num_prompt_logprobs or 0
-            for start in range(0, len(wanted), self._max_num_seqs):
-                slab = wanted[start : start + self._max_num_seqs]
+        first_logits = rows.num_logits.cumsum() - rows.num_logits
+        for row, wanted in rows.prompts.items():
+            for start in range(0, len(wanted.token_ids), self._max_num_seqs):
+                slab = wanted.token_ids[start : start + self._max_num_seqs]
                 token_ids = torch.empty(len(slab), dtype=torch.int32, device=self._device)
                 self._stream.upload(np.array(slab, np.int32), token_ids)
-                logits = self._model.logits(hidden[first + start : first + start + len(slab)])
-                logprobs = token_logprobs_on_device(logits, token_ids.long(), num_top)
-                yield LogprobsTable(logprobs, [index] * len(slab), of_prompt=True)
-            first += len(wanted) + row[0].samples
+                first = int(first_logits[row]) + start
+                logits = self._model.logits(hidden[first : first + len(slab)])
+                logprobs = token_logprobs_on_device(logits, token_ids.long(), wanted.num_top)
+                yield LogprobsTable(logprobs, [row] * len(slab), of_prompt=True)
 
     def _allocate_bucket(self, size: int) -> None:
         """Once for each."""

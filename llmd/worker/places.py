@@ -1,30 +1,75 @@
 """What the host knows of sequences whose tokens and block tables live on the device: where, and how they are drawn.
 
 Tokens that were drawn are known to the device alone, so nothing here depends on the result of a step. No tensors.
+
+What every step needs lies in arrays, one entry a place or one a row: a step has hundreds of rows and no time for each.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
 from llmd.worker.sequences import row_sampling
-from llmd_kernels import BLOCK_TABLES, TOKEN_IDS, NewEntries, RowRecord, record_of
+from llmd_kernels import BLOCK_TABLES, TOKEN_IDS, NewEntries, SamplingRecords
+
+Numbers = npt.NDArray[np.int32]
 
 
-@dataclass(slots=True, eq=False)
-class PlacedSequence:
-    """One live sequence."""
+@dataclass(frozen=True, slots=True)
+class WantedPrompt:
+    """Prompt tokens whose probabilities are wanted: a sequence's, or those that a row's first logits tell."""
 
-    place: int  # its row of the tables on the device
-    num_prompt_tokens: int
-    record: RowRecord  # how its tokens are drawn
-    num_logprobs: int | None
-    num_prompt_logprobs: int | None
-    prompt: list[int]  # only where the probabilities of its tokens are wanted
-    num_blocks: int = 0  # of its block table
+    token_ids: list[int]
+    num_top: int
+
+    def following(self, start: int, num_tokens: int) -> "WantedPrompt":
+        """Of a whole prompt, what the logits of these tokens tell: each the probability of the one after it."""
+        return WantedPrompt(self.token_ids[start + 1 : start + num_tokens + 1], self.num_top)
 
 
-# A sequence's part of a step.
-Row = tuple[SequenceStep, PlacedSequence]
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of a step, one entry each."""
+
+    sequence_ids: list[int]
+    given: Numbers  # [len(GIVEN_FIELDS), num_rows]: what `pack_step` takes; the next ones are its first
+    places: Numbers
+    starts: Numbers
+    num_tokens: Numbers
+    prompt_lens: Numbers
+    num_logprobs: Numbers  # of the drawn token; -1: none are wanted
+    prompts: Mapping[int, WantedPrompt]  # by row; most want none
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    @property
+    def are_decoding(self) -> bool:
+        """Whether all run one token, and nobody wants to know more of it than what comes after it."""
+        return not self.prompts and bool((self.num_tokens == 1).all())
+
+    @property
+    def output_positions(self) -> Numbers:
+        """Which output token each draws, from 0."""
+        return self.starts + self.num_tokens - self.prompt_lens
+
+    @property
+    def num_logits(self) -> Numbers:
+        """Of its prompt tokens, and the one that it draws from."""
+        found: Numbers = self.given[3] + self.given[4]
+        return found
+
+    @property
+    def drawing(self) -> npt.NDArray[np.intp]:
+        """The rows that draw, in order."""
+        return np.flatnonzero(self.given[4])
+
+
+_NONE = np.zeros(0, np.int32)
+NO_ROWS = StepRows([], np.zeros((5, 0), np.int32), _NONE, _NONE, _NONE, _NONE, _NONE, {})
 
 
 class Places:
@@ -32,53 +77,67 @@ class Places:
 
     def __init__(self, num_places: int) -> None:
         self._free = list(range(num_places))
-        self._by_id: dict[int, PlacedSequence] = {}
+        self._by_id: dict[int, int] = {}  # places by sequence id
+        # by place
+        self.records = SamplingRecords(num_places)
+        self._prompt_lens = np.zeros(num_places, np.int32)
+        self._num_logprobs = np.zeros(num_places, np.int32)
+        self._num_blocks = [0] * num_places  # of the block table
+        self._prompts: dict[int, WantedPrompt] = {}  # of sequences that want to know of theirs
 
-    def take_in(self, plan: StepPlan) -> tuple[list[Row], list[NewEntries]]:
+    def take_in(self, plan: StepPlan) -> tuple[StepRows, list[NewEntries]]:
         """Forget what the plan drops, give places to what it brings → its rows, and what is new in the tables.
 
         A place may go to another sequence while steps of the last one are in flight: the device does all in order.
         """
         for sequence_id in plan.dropped:
-            self._free.append(self._by_id.pop(sequence_id).place)
-        new_entries = []
-        for new in plan.new:
-            sequence = self._by_id[new.sequence_id] = self._placed(new)
-            new_entries.append(NewEntries(TOKEN_IDS, sequence.place, 0, new.token_ids))
-        rows = [(step, self._by_id[step.sequence_id]) for step in plan.sequences]
-        for step, sequence in rows:
+            place = self._by_id.pop(sequence_id)
+            self._prompts.pop(place, None)
+            self._free.append(place)
+        new_entries = [NewEntries(TOKEN_IDS, self._place(new), 0, new.token_ids) for new in plan.new]
+        steps = plan.sequences
+        sequence_ids = [step.sequence_id for step in steps]
+        on_rows = [self._by_id[sequence_id] for sequence_id in sequence_ids]
+        for step, place in zip(steps, on_rows, strict=True):
             if step.new_block_ids:
-                new_entries.append(NewEntries(BLOCK_TABLES, sequence.place, sequence.num_blocks, step.new_block_ids))
-                sequence.num_blocks += len(step.new_block_ids)
+                new_entries.append(NewEntries(BLOCK_TABLES, place, self._num_blocks[place], step.new_block_ids))
+                self._num_blocks[place] += len(step.new_block_ids)
+        prompts = self._wanted_prompts(steps, on_rows) if self._prompts else {}
+        num_prompt_logits = [0] * len(steps)
+        for row, wanted in prompts.items():
+            num_prompt_logits[row] = len(wanted.token_ids)
+        starts, num_tokens = [step.start for step in steps], [step.num_tokens for step in steps]
+        samples = [step.samples for step in steps]
+        given = np.array([on_rows, starts, num_tokens, num_prompt_logits, samples], np.int32)
+        places: Numbers = given[0]
+        rows = StepRows(
+            sequence_ids=sequence_ids,
+            given=given,
+            places=places,
+            starts=given[1],
+            num_tokens=given[2],
+            prompt_lens=self._prompt_lens[places],
+            num_logprobs=self._num_logprobs[places],
+            prompts=prompts,
+        )
         return rows, new_entries
 
-    def _placed(self, new: NewSequence) -> PlacedSequence:
-        num_prompt_logprobs = new.sampling.num_prompt_logprobs
-        return PlacedSequence(
-            place=self._free.pop(),
-            num_prompt_tokens=new.num_prompt_tokens,
-            record=record_of(row_sampling(new.sampling)),
-            num_logprobs=new.sampling.num_logprobs,
-            num_prompt_logprobs=num_prompt_logprobs,
-            prompt=[] if num_prompt_logprobs is None else new.token_ids[: new.num_prompt_tokens],
-        )
+    def _place(self, new: NewSequence) -> int:
+        sampling = new.sampling
+        place = self._by_id[new.sequence_id] = self._free.pop()
+        self.records.put(place, row_sampling(sampling), prompt_len=new.num_prompt_tokens, place=place)
+        self._prompt_lens[place] = new.num_prompt_tokens
+        self._num_logprobs[place] = -1 if sampling.num_logprobs is None else sampling.num_logprobs
+        self._num_blocks[place] = 0
+        if sampling.num_prompt_logprobs is not None:
+            prompt = new.token_ids[: new.num_prompt_tokens]
+            self._prompts[place] = WantedPrompt(prompt, sampling.num_prompt_logprobs)
+        return place
 
-
-def output_position(row: Row) -> int:
-    """Which output token the row draws, from 0."""
-    step, sequence = row
-    return step.start + step.num_tokens - sequence.num_prompt_tokens
-
-
-def wanted_prompt_ids(row: Row) -> list[int]:
-    """The prompt tokens whose probabilities the logits of the row's first tokens tell; most want none."""
-    step, sequence = row
-    # the logits of a token tell the probability of the one after it
-    return sequence.prompt[step.start + 1 : step.start + step.num_tokens + 1]
-
-
-def draws_plainly(row: Row) -> bool:
-    """Whether the token depends on nothing but logits, temperature and noise, and nothing is said of it but its id."""
-    record = row[1].record
-    biases, _ = record.early_biases if output_position(row) < record.min_tokens else record.biases
-    return row[1].num_logprobs is None and not record.filters and not record.penalizes and len(biases) == 0
+    def _wanted_prompts(self, steps: list[SequenceStep], places: list[int]) -> dict[int, WantedPrompt]:
+        found = {
+            row: self._prompts[place].following(step.start, step.num_tokens)
+            for row, (step, place) in enumerate(zip(steps, places, strict=True))
+            if place in self._prompts
+        }
+        return {row: wanted for row, wanted in found.items() if wanted.token_ids}

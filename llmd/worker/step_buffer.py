@@ -13,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from llmd.worker.places import Row, draws_plainly, output_position, wanted_prompt_ids
-from llmd_kernels import DeviceSampling, NewEntries, PackedSampling, pack_sampling, pack_step, packed_size
+from llmd.worker.places import StepRows
+from llmd_kernels import (
+    DeviceSampling,
+    NewEntries,
+    PackedSampling,
+    SamplingRecords,
+    pack_sampling,
+    pack_step,
+    packed_size,
+)
 
 Numbers = npt.NDArray[np.int32]
 
@@ -46,22 +54,18 @@ class PackedStep:
         return self.sampling.on_device(on_device[start:], history=history)
 
 
-def pack(rows: Sequence[Row], new_entries: Sequence[NewEntries], *, max_rows: int, can_draw: bool) -> PackedStep:
-    """At most `max_rows` rows. can_draw: whether the model can draw plainly."""
-    drawn = [row for row in rows if row[0].samples]
-    are_plain = can_draw and all(map(draws_plainly, drawn))
-    draws = _packed_draws(drawn, num_rows=max_rows, num_biases=0) if are_plain else _no_draws(max_rows)
-    sampling = None if are_plain else _packed_draws(drawn)
+def pack(
+    rows: StepRows, new_entries: Sequence[NewEntries], records: SamplingRecords, *, max_rows: int, can_draw: bool
+) -> PackedStep:
+    """At most `max_rows` rows. records: by place; can_draw: whether the model can draw plainly."""
+    draws, sampling = _packed_draws(rows, records, max_rows=max_rows, can_draw=can_draw)
     start = _step_start(max_rows)
     num_step_numbers = packed_size(max_rows, new_entries)
     end = start + num_step_numbers
     sampling_start = _aligned(end)
     numbers = np.zeros(end if sampling is None else sampling_start + len(sampling.words), np.int32)
     numbers[: len(draws.words)] = draws.words
-    given = [
-        (row[1].place, row[0].start, row[0].num_tokens, len(wanted_prompt_ids(row)), row[0].samples) for row in rows
-    ]
-    pack_step(given, new_entries, numbers[start:end], max_rows=max_rows)
+    pack_step(rows.given.T, new_entries, numbers[start:end], max_rows=max_rows)
     if sampling is not None:
         numbers[sampling_start:] = sampling.words
     return PackedStep(numbers, max_rows, num_step_numbers, sampling)
@@ -78,21 +82,27 @@ def draws_of(numbers: Tensor, *, max_rows: int, history: Tensor) -> DeviceSampli
 
 
 def _packed_draws(
-    drawn: Sequence[Row], *, num_rows: int | None = None, num_biases: int | None = None
-) -> PackedSampling:
-    return pack_sampling(
-        [sequence.record for _, sequence in drawn],
-        positions=[output_position(row) for row in drawn],
-        prompt_lens=[sequence.num_prompt_tokens for _, sequence in drawn],
-        places=[sequence.place for _, sequence in drawn],
-        num_rows=num_rows,
-        num_biases=num_biases,
+    rows: StepRows, records: SamplingRecords, *, max_rows: int, can_draw: bool
+) -> tuple[PackedSampling, PackedSampling | None]:
+    """How tokens are drawn plainly, and how otherwise if any is not.
+
+    A token is drawn plainly that depends on nothing but logits, temperature and noise, if nothing is wanted but its id.
+    """
+    drawing = rows.drawing
+    places, positions = rows.places[drawing], rows.output_positions[drawing]
+    are_plain = can_draw and not records.flags(places, positions).any() and not (rows.num_logprobs[drawing] >= 0).any()
+    packed = pack_sampling(
+        records,
+        columns=places,
+        positions=positions,
+        num_rows=max_rows if are_plain else None,
     )
+    return (packed, None) if are_plain else (_no_draws(max_rows), packed)
 
 
 @functools.cache
 def _no_draws(max_rows: int) -> PackedSampling:
-    return _packed_draws([], num_rows=max_rows, num_biases=0)
+    return pack_sampling(SamplingRecords(0), columns=[], positions=[], num_rows=max_rows)
 
 
 def _step_start(max_rows: int) -> int:

@@ -78,7 +78,7 @@ def test_blocks_for_the_whole_prompt_come_first_and_then_one_by_one() -> None:
         plans.append(plan)
         d.commit()
     # positions 0 … 9 are run: 6 of the prompt and 4 of the output, in three blocks of four
-    assert [plan.sequences[0].new_block_ids for plan in plans] == [[0, 1], [], [], [2], []]
+    assert [plan.sequences[0].new_block_ids for plan in plans] == [(0, 1), (), (), (2,), ()]
 
 
 def test_steps_are_planned_before_the_tokens_are_known() -> None:

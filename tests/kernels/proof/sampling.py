@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmd_kernels import DeviceSampling, RowSampling, pack_sampling, record_of
+from llmd_kernels import DeviceSampling, RowSampling, SamplingRecords, pack_sampling
 
 NUM_PLACES, MAX_LEN = 16, 24
 
@@ -30,10 +30,9 @@ def on_device(
     for place, (prompt, output) in zip(places, histories, strict=True):
         table[place, : len(prompt) + len(output)] = torch.tensor([*prompt, *output], dtype=torch.int32)
     packed = pack_sampling(
-        [record_of(row) for row in rows],
+        SamplingRecords.of(rows, prompt_lens=[len(prompt) for prompt, _ in histories], places=places),
+        columns=range(len(rows)),
         positions=[len(output) for _, output in histories],
-        prompt_lens=[len(prompt) for prompt, _ in histories],
-        places=places,
         bitmask_rows=None if mask is None else [r if r % 2 else -1 for r in range(len(rows))],
         num_rows=num_rows,
         num_biases=num_biases,
