@@ -26,6 +26,11 @@ from llmd.protocol.steps import NewSequence, SequenceResult, SequenceStep, StepP
 _order = attrgetter("order")
 
 
+def _is_prompt(share: tuple[int, Sequence]) -> bool:
+    """Whether it has more than one token to run."""
+    return share[0] > 1
+
+
 class RequestAlreadyOpen(LlmdError):
     """A server used a request id again before the first request of that id had ended."""
 
@@ -135,7 +140,7 @@ class Scheduler:
         plan = self._in_flight.popleft()
         if result.step_id != plan.step_id:
             raise ValueError(f"expected the result of step {plan.step_id}, not of step {result.step_id}")
-        self._counters.count_step(sum(step.num_tokens for step in plan.sequences))
+        self._counters.count_step(sum([step.num_tokens for step in plan.sequences]))
         results = {sequence_result.sequence_id: sequence_result for sequence_result in result.results}
         events: dict[ConnectionId, list[TokenEvent]] = {}
         for step in plan.sequences:
@@ -194,12 +199,13 @@ class Scheduler:
         """
         shares: dict[Sequence, int] = {}
         budget = self._limits.max_num_batched_tokens
-        to_run = [(n, sequence) for sequence in self._running.values() if (n := sequence.num_to_run) > 0]
-        to_run.sort(key=lambda item: (item[0] > 1, item[1].order))
+        in_order = sorted(self._running.values(), key=_order)
+        to_run = [(n, sequence) for sequence in in_order if (n := sequence.num_to_run) > 0]
+        to_run.sort(key=_is_prompt)
         for num_to_run, sequence in to_run:
             if sequence.sequence_id is None:  # preempted just now, below
                 continue
-            num_tokens = min(budget, num_to_run)
+            num_tokens = num_to_run if num_to_run < budget else budget
             while num_tokens > 0 and not self._grow(sequence, num_tokens):
                 victim = max(self._running.values(), key=_order)
                 if victim is sequence:
@@ -213,10 +219,10 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Take the blocks that `num_tokens` more need; False if there are not enough."""
-        num_missing = self._num_blocks(sequence.num_planned + num_tokens) - len(sequence.block_ids)
-        if num_missing <= 0:
+        num_after = sequence.num_planned + num_tokens
+        if num_after <= len(sequence.block_ids) * self._block_size:
             return True
-        taken = self._blocks.take(num_missing)
+        taken = self._blocks.take(self._num_blocks(num_after) - len(sequence.block_ids))
         if taken is None:
             return False
         sequence.block_ids += taken
@@ -288,10 +294,12 @@ class Scheduler:
         assert sequence.sequence_id is not None
         start = sequence.num_planned
         samples = start + num_tokens == sequence.num_total and sequence.max_output_tokens > 0
-        new_block_ids = sequence.block_ids[sequence.num_blocks_sent :]
-        sequence.num_planned += num_tokens
+        new_block_ids: tuple[int, ...] = ()
+        if sequence.num_blocks_sent < len(sequence.block_ids):
+            new_block_ids = tuple(sequence.block_ids[sequence.num_blocks_sent :])
+            sequence.num_blocks_sent = len(sequence.block_ids)
+        sequence.num_planned = start + num_tokens
         sequence.num_samples_in_flight += samples
-        sequence.num_blocks_sent = len(sequence.block_ids)
         return SequenceStep(sequence.sequence_id, start, num_tokens, new_block_ids, samples)
 
     def _commit_sequence(
@@ -300,8 +308,9 @@ class Scheduler:
         """Take in one sequence's part of a step; returns what its client must hear, if anything."""
         end = step.start + step.num_tokens
         sequence.num_computed = end
-        self._counters.num_prompt_tokens += max(min(end, sequence.num_prompt_tokens) - step.start, 0)
-        if result is not None:
+        if step.start < sequence.num_prompt_tokens:
+            self._counters.num_prompt_tokens += min(end, sequence.num_prompt_tokens) - step.start
+        if result is not None and result.prompt_logprobs:
             sequence.prompt_logprobs += result.prompt_logprobs
         token_ids = []
         if step.samples:
@@ -311,36 +320,39 @@ class Scheduler:
             sequence.token_ids.append(result.token_id)
             sequence.num_samples_in_flight -= 1
             self._counters.num_output_tokens += 1
-            self._clear(sequence)
-        self._publish(sequence)
+            if sequence.must_be_alone:
+                self._clear(sequence)
+        if self._prefix_caching and end >= (sequence.num_blocks_published + 1) * self._block_size:
+            self._publish(sequence)
         finish = sequence.finish_reason()
         if not token_ids and finish is None:
             return None
         logprobs = [result.logprobs] if result is not None and result.logprobs is not None else []
-        event = TokenEvent(
-            request_id=sequence.request.request_id,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None,
-            num_cached_tokens=None if sequence.has_reported else sequence.num_cached_tokens,
-            finish=finish,
-        )
-        sequence.has_reported = True
+        request_id = sequence.request.request_id
+        if sequence.has_reported:
+            event = TokenEvent(request_id=request_id, token_ids=token_ids, logprobs=logprobs, finish=finish)
+        else:
+            event = TokenEvent(
+                request_id=request_id,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                prompt_logprobs=sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None,
+                num_cached_tokens=sequence.num_cached_tokens,
+                finish=finish,
+            )
+            sequence.has_reported = True
         if finish is not None:
             self._close(sequence)
         return event
 
     def _clear(self, sequence: Sequence) -> None:
         """It has drawn a token and nothing broke: from now on it is one of many."""
-        if sequence.must_be_alone:
-            sequence.must_be_alone = False
-            sequence.order = (True, *sequence.order[1:])
+        sequence.must_be_alone = False
+        sequence.order = (True, *sequence.order[1:])
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the full blocks that were completed to others."""
         num_full = sequence.num_computed // self._block_size
-        if not self._prefix_caching or num_full == sequence.num_blocks_published:
-            return
         self._extend_block_hashes(sequence)
         for index in range(sequence.num_blocks_published, num_full):
             self._prefix_cache.publish(sequence.block_hashes[index], sequence.block_ids[index])

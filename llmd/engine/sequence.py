@@ -51,16 +51,17 @@ class Sequence:
     # What holds from the first admission to the end.
     block_hashes: list[BlockHash] = field(default_factory=list)  # of full blocks of known tokens
     num_cached_tokens: int | None = None  # prompt tokens that the prefix cache held at the first admission
+    num_to_compute: int = field(init=False)  # tokens that run if it ends by its length: all but the last
     has_reported: bool = False  # its first event is out
     must_be_alone: bool = False  # nobody may run beside it: asked for, and it has drawn nothing yet
+
+    def __post_init__(self) -> None:
+        # nothing is drawn from the last output token
+        self.num_to_compute = self.num_prompt_tokens + max(self.max_output_tokens - 1, 0)
 
     @property
     def num_known(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_total(self) -> int:
@@ -69,9 +70,10 @@ class Sequence:
 
     @property
     def num_to_run(self) -> int:
-        """Tokens to catch up with. The last output token is never run: nothing is drawn from it."""
-        num_needed = self.num_prompt_tokens + max(self.max_output_tokens - 1, 0)
-        return min(self.num_total, num_needed) - self.num_planned
+        """Tokens to catch up with."""
+        # asked of each sequence at each step: `min` and another property would take longer than all else here
+        num_total = len(self.token_ids) + self.num_samples_in_flight
+        return (num_total if num_total < self.num_to_compute else self.num_to_compute) - self.num_planned
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -81,7 +83,7 @@ class Sequence:
     def finish_reason(self) -> FinishReason | None:
         """How the sequence has ended with the tokens that are known and computed, if it has."""
         sampling = self.request.sampling
-        num_output_tokens = self.num_output_tokens
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
         # a stop token before min_tokens is text: the sampler masks it, so only a client can have put it there
         if num_output_tokens > sampling.min_tokens and self.token_ids[-1] in sampling.stop_token_ids:
             return FinishReason.STOP
