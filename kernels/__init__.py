@@ -38,6 +38,7 @@ from llmd_kernels.sample import (
 from llmd_kernels.scale_logits import scale_logits
 from llmd_kernels.step_inputs import (
     BLOCK_TABLES,
+    GIVEN_FIELDS,
     TOKEN_IDS,
     NewEntries,
     SequenceTables,
@@ -55,6 +56,7 @@ from llmd_kernels.top_tokens import top_tokens
 
 __all__ = [
     "BLOCK_TABLES",
+    "GIVEN_FIELDS",
     "TOKEN_IDS",
     "AttentionBatch",
     "AttentionWork",

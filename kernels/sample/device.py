@@ -145,9 +145,9 @@ def pack_sampling(
         flags |= np.where(np.asarray(bitmask_rows) >= 0, ADJUSTS, 0).astype(np.int32)
     layout = Layout.of(num_rows, num_biases)
     words = np.zeros(layout.num_words, np.int32)
-    words[: 2 * used_rows].view(np.int64)[:] = records.seeds[columns]
+    words[: 2 * used_rows].view(np.int64)[:] = records.seeds.take(columns)
     numbers = words[layout.numbers : layout.bias_starts].reshape(NUM_ROW_WORDS - 2, -1)
-    numbers[: len(SEQUENCE_FIELDS), :used_rows] = records.numbers[:, columns]
+    numbers[: len(SEQUENCE_FIELDS), :used_rows] = records.numbers.take(columns, axis=1)
     of_step = (positions, -1 if bitmask_rows is None else bitmask_rows, flags)
     for packed, column in zip(numbers[len(SEQUENCE_FIELDS) :], of_step, strict=True):
         packed[:used_rows] = column

@@ -11,10 +11,11 @@ from llmd_kernels.dispatch import on_triton_device
 from llmd_kernels.paged_attention.device_work import AttentionWork
 from llmd_kernels.step_inputs import torch_ops
 from llmd_kernels.step_inputs.buffers import SequenceTables, StepInputs, allocate_inputs, allocate_tables
-from llmd_kernels.step_inputs.packing import BLOCK_TABLES, TOKEN_IDS, NewEntries, pack_step, packed_size
+from llmd_kernels.step_inputs.packing import BLOCK_TABLES, GIVEN_FIELDS, TOKEN_IDS, NewEntries, pack_step, packed_size
 
 __all__ = [
     "BLOCK_TABLES",
+    "GIVEN_FIELDS",
     "TOKEN_IDS",
     "NewEntries",
     "SequenceTables",

@@ -102,10 +102,11 @@ def _pack_entries(new_entries: Sequence[NewEntries], out: Array, start: int, end
     segments: list[int] = []
     values: list[int] = []
     for new in new_entries:
-        for first in range(0, len(new.values), MAX_SEGMENT):
-            count = min(MAX_SEGMENT, len(new.values) - first)
-            segments += (new.table, new.place, new.first + first, count, values_start + len(values) + first)
-        values.extend(new.values)
+        table, place, first_column, new_values = new
+        for first in range(0, len(new_values), MAX_SEGMENT):
+            count = min(MAX_SEGMENT, len(new_values) - first)
+            segments += (table, place, first_column + first, count, values_start + len(values) + first)
+        values.extend(new_values)
     out[start:values_start] = segments
     out[values_start:end] = values
     return len(segments) // len(SEGMENT_FIELDS)

@@ -4,6 +4,7 @@ the results, so that the next step is on its way while one runs. Runs plans stri
 Decode steps run in buckets of rows, as graphs; the launches of all others are made one by one.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -155,9 +156,8 @@ class GpuRunner:
 
     def _bucket_size(self, rows: StepRows) -> int | None:
         """The bucket for a step of these rows; None if it is no decode step or too large."""
-        if not rows.are_decoding:
-            return None
-        return next((size for size in self._sizes if size >= len(rows)), None)
+        index = bisect_left(self._sizes, len(rows))
+        return self._sizes[index] if rows.are_decoding and index < len(self._sizes) else None
 
     def _launch_decode(self, step_id: int, rows: StepRows, packed: PackedStep) -> PendingStep:
         kind = DecodeKind(packed.max_rows, packed.draws_plainly)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
 from llmd.worker.sequences import row_sampling
-from llmd_kernels import BLOCK_TABLES, TOKEN_IDS, NewEntries, SamplingRecords
+from llmd_kernels import BLOCK_TABLES, GIVEN_FIELDS, TOKEN_IDS, NewEntries, SamplingRecords
 
 Numbers = npt.NDArray[np.int32]
 
@@ -69,7 +69,7 @@ class StepRows:
 
 
 _NONE = np.zeros(0, np.int32)
-NO_ROWS = StepRows([], np.zeros((5, 0), np.int32), _NONE, _NONE, _NONE, _NONE, _NONE, {})
+NO_ROWS = StepRows([], np.zeros((len(GIVEN_FIELDS), 0), np.int32), _NONE, _NONE, _NONE, _NONE, _NONE, {})
 
 
 class Places:
@@ -103,13 +103,14 @@ class Places:
                 new_entries.append(NewEntries(BLOCK_TABLES, place, self._num_blocks[place], step.new_block_ids))
                 self._num_blocks[place] += len(step.new_block_ids)
         prompts = self._wanted_prompts(steps, on_rows) if self._prompts else {}
-        num_prompt_logits = [0] * len(steps)
+        places = np.array(on_rows, np.int32)
+        given = np.zeros((len(GIVEN_FIELDS), len(steps)), np.int32)
+        given[0] = places
+        given[1] = np.array([step.start for step in steps], np.int32)
+        given[2] = np.array([step.num_tokens for step in steps], np.int32)
         for row, wanted in prompts.items():
-            num_prompt_logits[row] = len(wanted.token_ids)
-        starts, num_tokens = [step.start for step in steps], [step.num_tokens for step in steps]
-        samples = [step.samples for step in steps]
-        given = np.array([on_rows, starts, num_tokens, num_prompt_logits, samples], np.int32)
-        places: Numbers = given[0]
+            given[3, row] = len(wanted.token_ids)
+        given[4] = np.array([step.samples for step in steps], np.bool_)
         rows = StepRows(
             sequence_ids=sequence_ids,
             given=given,
