@@ -103,7 +103,8 @@ class SamplingRecords:
         record = record_of(row)
         self.seeds[column] = record.seed
         self.numbers[:, column] = (*record.numbers, prompt_len, place)
-        self._min_tokens[column] = record.min_tokens
+        # no sequence is longer than that; a request may ask for more
+        self._min_tokens[column] = min(record.min_tokens, np.iinfo(np.int32).max)
         for early, biases in enumerate((record.biases, record.early_biases)):
             self._flags[early, column] = record.flags(biases)
         self._records[column] = record

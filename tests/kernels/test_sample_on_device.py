@@ -230,3 +230,12 @@ def test_logits_come_in_wide_loads(arch: str) -> None:
         triton_ops.sample_on_device(meta(64, 128256, dtype=torch.float32), on_meta(row, 64))
     num_wide = {kernel.kernel: listing(kernel).loads.get(128, 0) for kernel in kernels}
     assert min(num_wide["scan_kernel"], num_wide["collect_kernel"]) > 0
+
+
+def test_stop_tokens_wait_for_as_many_tokens_as_are_asked_for() -> None:
+    """Also for more than 32 bits hold, which a request may ask for."""
+    rows = [RowSampling(seed=0, min_tokens=n, stop_token_ids=(5,)) for n in (3, 4, 1 << 40)]
+    sampling = on_device(rows, [([1], [2, 2, 2])] * 3)
+    assert sampling.bias_starts.tolist() == [0, 0, 1, 2]
+    assert sampling.bias_ids.tolist() == [5, 5]
+    assert sampling.adjusts
