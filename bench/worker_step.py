@@ -88,7 +88,6 @@ def make_runner(num_sequences: int) -> GpuRunner:
         IdleModel(),
         KvCache((cache,), num_blocks=NUM_BLOCKS + 1, block_size=BLOCK_SIZE),
         IdleStream(),
-        num_blocks=NUM_BLOCKS,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=num_sequences,
         max_num_tokens=8192,

@@ -105,6 +105,6 @@ class _Plans:
                 for id_, length in zip(self._live, lens, strict=True)
             ],
             sequences=[
-                SequenceStep(id_, 0, length, [], samples=True) for id_, length in zip(self._live, lens, strict=True)
+                SequenceStep(id_, 0, length, (), samples=True) for id_, length in zip(self._live, lens, strict=True)
             ],
         )

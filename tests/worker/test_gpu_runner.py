@@ -176,9 +176,9 @@ def test_a_place_and_its_blocks_go_to_another_while_steps_are_in_flight(
     """There is one place. Each plan is launched before the result of the one before it is read."""
     plans = [
         plan(0, SequenceStep(1, 0, 5, [0], samples=True), new=[1]),
-        plan(1, SequenceStep(1, 5, 1, [], samples=True)),
+        plan(1, SequenceStep(1, 5, 1, (), samples=True)),
         plan(2, SequenceStep(2, 0, 5, [0], samples=True), dropped=[1], new=[2]),
-        plan(3, SequenceStep(2, 5, 1, [], samples=True)),
+        plan(3, SequenceStep(2, 5, 1, (), samples=True)),
         plan(4, SequenceStep(3, 0, 5, [0], samples=True), dropped=[2], new=[3]),
     ]
     with pretended_gpu():
