@@ -3,6 +3,7 @@
 Knows nothing of steps and models.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -40,10 +41,11 @@ class Stream(Protocol):
 
 class CudaStream:
     """A stream of its own on a GPU, which becomes the calling thread's current one: graphs need one that is not the
-    default. Copies go through pinned memory, which PyTorch keeps and gives out again once the device is done with it.
+    default. Copies go through pinned memory. One thread puts work in.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._pinned = PinnedBuffers()
         self._graph_memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # weights may still be on their way
@@ -51,17 +53,19 @@ class CudaStream:
         torch.cuda.set_stream(stream)
 
     def upload(self, numbers: npt.NDArray[np.int32], target: Tensor) -> None:
+        # PyTorch keeps it and gives it out again once the device is done with it
         pinned = torch.empty(len(numbers), dtype=torch.int32, pin_memory=True)
         pinned.numpy()[:] = numbers
         target[: len(numbers)].copy_(pinned, non_blocking=True)
 
     def download(self, source: Tensor) -> Download:
-        pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        buffer = self._pinned.take(source.nbytes)
+        pinned = buffer[: source.nbytes].view(source.dtype).view(source.shape)
         pinned.copy_(source, non_blocking=True)
         # who waits for it sleeps: the core is the one's that launches the next step
         arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         arrived.record()
-        return _CudaDownload(pinned, arrived)
+        return _CudaDownload(arrived, pinned, lambda: self._pinned.give_back(buffer))
 
     def capture(self, work: Callable[[], object]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -79,11 +83,36 @@ class CudaStream:
         return replay
 
 
+class PinnedBuffers:
+    """Pinned memory for downloads, which is kept for others like it and never freed.
+
+    Freeing it has PyTorch record an event on the stream that copied to it. The thread that reads a download may do that
+    while another captures the stream, and of such an event nobody can ever ask whether it is done.
+    """
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, deque[Tensor]] = defaultdict(deque)
+
+    def take(self, num_bytes: int) -> Tensor:
+        """At least so many bytes, uint8."""
+        size = 1 << num_bytes.bit_length()
+        free = self._free[size]
+        return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Any thread may."""
+        self._free[len(buffer)].append(buffer)
+
+
 class _CudaDownload:
-    def __init__(self, pinned: Tensor, arrived: torch.cuda.Event) -> None:
-        self._pinned = pinned
+    def __init__(self, arrived: torch.cuda.Event, pinned: Tensor, done: Callable[[], None]) -> None:
         self._arrived = arrived
+        self._pinned = pinned
+        self._done = done
 
     def wait(self) -> Tensor:
+        """Once."""
         self._arrived.synchronize()
-        return self._pinned
+        numbers = self._pinned.clone()
+        self._done()
+        return numbers
