@@ -3,5 +3,5 @@
 `__main__`: the command.  `running`: stages as child processes with deadlines.  `results`: their JSON.
 `packages`: what the server needs that the machine lacks.  `stage`: a child.  `machine`: the GPU; `rehearsal`: what
 stands for it where there is none.  `sizes`: what is measured, whole and tiny.
-The stages: `device`, `correctness`, `kernels`, `sweep`, `server`.  `performance` writes docs/performance.md.
+The stages: `device`, `correctness`, `kernels`, `steps`, `server`, `sweep`.  `performance` writes docs/performance.md.
 """

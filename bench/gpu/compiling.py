@@ -1,13 +1,17 @@
 """Kernels compiled by many processes at a time, into Triton's cache, before one process launches them."""
 
+import functools
 import multiprocessing
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import Pool
 
 from bench.gpu.results import Values
+from tests.kernels.proof.checks import Proof
 from tests.kernels.proof.compiler import TARGETS, compiled_for
+from tests.kernels.proof.registry import PROOFS
 
 Work = Callable[[], object]
 
@@ -36,6 +40,24 @@ def compile_all(pool: Pool, arch: str, works: Sequence[Work]) -> Values:
         "errors": len(errors),
         "first error": errors[0] if errors else None,
     }
+
+
+def shipped(patterns: Mapping[str, str], arch: str) -> list[Work]:
+    """The configurations of proofs, by name, whose own names match a pattern, and which ship for this architecture."""
+    return [
+        functools.partial(run_configuration, name, index)
+        for name, pattern in patterns.items()
+        for index, configuration in enumerate(proof_of(name).configurations)
+        if re.fullmatch(pattern, configuration.name) and (arch in configuration.archs or not configuration.archs)
+    ]
+
+
+def proof_of(name: str) -> Proof:
+    return next(proof for proof in PROOFS if proof.name == name)
+
+
+def run_configuration(name: str, index: int) -> None:
+    proof_of(name).configurations[index].call()
 
 
 def _compile(task: tuple[str, Work]) -> str:

@@ -1,4 +1,4 @@
-"""Stage 2: what the proofs say without a GPU, on the GPU; and what can only be known on one."""
+"""Stage: what the proofs say without a GPU, on the GPU; and what can only be known on one."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.gpu.compiling import Work, compile_all
+from bench.gpu.compiling import Work, compile_all, proof_of
 from bench.gpu.contexts import random_cache, random_on
 from bench.gpu.launches import LinearTile, launch_linear
 from bench.gpu.launching import launched_on
@@ -36,7 +36,8 @@ _SANITIZER_TIMEOUT = 45.0  # seconds
 def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
     recorder.row("compiling", lambda: _compile(machine, pool))
     with machine.running():
-        for proof in MOVABLE:
+        wanted = machine.sizes.proofs
+        for proof in (proof for proof in MOVABLE if wanted is None or proof.name in wanted):
             recorder.row(f"{proof.name}, cases", lambda proof=proof: _check_cases(machine, proof))
             if proof.rows:
                 recorder.row(f"{proof.name}, rows", lambda proof=proof: _check_rows(machine, proof))
@@ -51,16 +52,11 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
-    """What the cases launch, every configuration that ships for this architecture, and `linear` at all its sizes."""
+    """What the cases launch, and `linear` at all its sizes."""
     limit = machine.sizes.cases_per_proof
     works: list[Work] = []
     for proof in PROOFS[: None if limit is None else 1]:
         works += [functools.partial(run_case, proof.name, index) for index in range(len(proof.cases[:limit]))]
-        works += [
-            functools.partial(run_configuration, proof.name, index)
-            for index, configuration in enumerate(proof.configurations[:limit])
-            if machine.arch in configuration.archs or not configuration.archs
-        ]
     if limit is None:
         works += [
             functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
@@ -74,17 +70,9 @@ def _compile(machine: Machine, pool: Pool) -> Values:
     return compile_all(pool, machine.arch, works)
 
 
-def proof_of(name: str) -> Proof:
-    return next(proof for proof in PROOFS if proof.name == name)
-
-
 def run_case(name: str, index: int) -> None:
     proof = proof_of(name)
     proof.operation(**proof.cases[index].arguments)
-
-
-def run_configuration(name: str, index: int) -> None:
-    proof_of(name).configurations[index].call()
 
 
 def tile_of(columns: int) -> LinearTile:
@@ -188,7 +176,7 @@ def _check_columns(machine: Machine) -> Values:
     x, weight = _operands(machine, num_tokens, num_inputs, num_outputs)
     results = {}
     for columns in COLUMNS:
-        with patch.object(linear_ops, "tile", lambda num_tokens, columns=columns: tile_of(columns)):
+        with patch.object(linear_ops, "tile", lambda num_tokens, columns=columns, **_: tile_of(columns)):
             results[columns] = linear(x, weight)
     differing = {columns: _num_differing(result, results[COLUMNS[0]]) for columns, result in results.items()}
     wrong = [str(columns) for columns, number in differing.items() if number]

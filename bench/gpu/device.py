@@ -1,4 +1,4 @@
-"""Stage 1: what this device is, and what it can do at most: memory, matrix products, start of a process."""
+"""Stage: what this device is, and what it can do at most: memory, matrix products, start of a process."""
 
 import platform
 from collections.abc import Callable

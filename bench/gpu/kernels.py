@@ -1,4 +1,5 @@
-"""Stage 3: kernels at the sizes of Llama-3.1-8B, as a fraction of what the device can do, beside others' kernels."""
+"""Stage: kernels at the sizes of Llama-3.1-8B and Qwen3-30B-A3B's experts, as a fraction of what the device can do,
+beside others' kernels."""
 
 import functools
 from multiprocessing.pool import Pool
@@ -7,29 +8,40 @@ from pathlib import Path
 import torch
 
 from bench.gpu import device, results
-from bench.gpu.compiling import Work, compile_all
+from bench.gpu.compiling import Work, compile_all, shipped
 from bench.gpu.launches import launch_attention, launch_linear
 from bench.gpu.machine import Call, Machine
 from bench.gpu.results import Recorder, Value, Values, path_of
 from bench.gpu.subject import Subject
-from bench.gpu.subjects import attention, dense
+from bench.gpu.subjects import attention, chosen, dense, drawing, quantized, stepping
 from bench.gpu.timing import Timing, microseconds, num_input_sets, time_calls
 from llmd_kernels.linear import triton_ops as linear_ops
 from llmd_kernels.paged_attention.tiles import find_config
 
 OURS = "llmd"
+# Configurations of the proofs that are measured here: those of a proof whose names match.
+SHIPPED = {
+    "quantized_linear": r"(bfloat16 .*)?(4096 → 28672|14336 → 4096), (int[48] by 128|float8 by 128×128).*",
+    "linear_draw": r"bfloat16 \d+×4096 → 128256",
+    "sample_on_device": r"float32 128256 (plain|filters)",
+    "route": r"Qwen3-30B-A3B bfloat16",
+    "experts": r"Qwen3-30B-A3B .*",
+}
+# In the order of what is wanted most, should time run out.
+KINDS = (dense, attention, drawing, quantized, chosen, stepping)
 
 
 def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> None:
     recorder.row("compiling", lambda: _compile(machine, pool))
     peaks = read_peaks(folder)
     with machine.running():
-        for subject in (*dense.subjects(machine), *attention.subjects(machine)):
-            recorder.row(subject.name, lambda subject=subject: _measure(machine, subject, peaks))
+        for kind in KINDS:
+            for subject in kind.subjects(machine):
+                recorder.row(subject.name, lambda subject=subject: _measure(machine, subject, peaks))
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
-    """The two kernels that take long and have many variants."""
+    """Those that take long or have many variants."""
     sizes, model = machine.sizes, machine.sizes.model
     works: list[Work] = [
         functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
@@ -44,6 +56,7 @@ def _compile(machine: Machine, pool: Pool) -> Values:
             functools.partial(launch_attention, heads, sizes.block_size, config, num_seqs=num_seqs)
             for num_seqs in sorted({num_seqs for num_seqs, _ in sizes.decode} | {16})
         ]
+    works += shipped(SHIPPED, machine.arch)
     return compile_all(pool, machine.arch, works[: sizes.sweep_configurations])
 
 

@@ -17,7 +17,7 @@ def launch_linear(shape: tuple[int, int], num_tokens: int, tile: LinearTile) -> 
     """shape: (inputs, outputs)."""
     num_inputs, num_outputs = shape
     x, weight = meta(num_tokens, num_inputs, dtype=torch.bfloat16), meta(num_outputs, num_inputs, dtype=torch.bfloat16)
-    with patch.object(linear_ops, "tile", lambda num_tokens: tile):
+    with patch.object(linear_ops, "tile", lambda num_tokens, **_: tile):
         linear_ops.linear(x, weight)
 
 

@@ -9,8 +9,12 @@ import torch
 
 from bench.gpu.results import Values
 from bench.gpu.sizes import WHOLE, Sizes
+from llmd.worker.stream import CudaStream, Stream
 
 Call = Callable[[], object]
+
+# Clock cycles, about 0.1 ms, that the device waits before timed work: else it would wait for the host in between.
+_HEAD_START = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,11 @@ class Machine(Protocol):
 
     def describe(self) -> Values: ...
 
-    def running(self) -> AbstractContextManager[object]:
-        """Inside, the public functions of `llmd_kernels` launch kernels for this machine's tensors."""
+    def running(self, *, whole_model: bool = False) -> AbstractContextManager[object]:
+        """Inside, the public functions of `llmd_kernels` launch kernels for this machine's tensors.
+
+        whole_model: a runner calls them, not the measurements of single ones.
+        """
         ...
 
     def synchronize(self) -> None: ...
@@ -44,6 +51,10 @@ class Machine(Protocol):
         ...
 
     def record(self, calls: Sequence[Call]) -> Recorded: ...
+
+    def stream(self) -> Stream:
+        """Where a runner's steps go; all that this thread launches from now on goes there too."""
+        ...
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What torch.compile makes of it."""
@@ -73,7 +84,7 @@ class Gpu:
             "CUDA": torch.version.cuda,
         }
 
-    def running(self) -> AbstractContextManager[object]:
+    def running(self, *, whole_model: bool = False) -> AbstractContextManager[object]:
         return nullcontext()
 
     def synchronize(self) -> None:
@@ -81,6 +92,7 @@ class Gpu:
 
     def elapsed(self, work: Callable[[], None]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_HEAD_START)
         start.record()
         work()
         end.record()
@@ -95,13 +107,19 @@ class Gpu:
                 call()
 
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph):
                 again()
         except Exception:  # whatever a peer raises there
+            # A capture that cannot be ended leaves its own stream as the current one.
+            torch.cuda.set_stream(stream)
             torch.cuda.synchronize(self.device)
             return Recorded(again, "calls")
         return Recorded(graph.replay, "graph")
+
+    def stream(self) -> Stream:
+        return CudaStream(self.device)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function)

@@ -42,6 +42,12 @@ def missing_packages() -> list[str]:
     return sorted(missing, key=str.lower)
 
 
+def check_packages() -> None:
+    """Raises SystemExit where one is missing."""
+    if missing := missing_packages():
+        raise SystemExit(f"this needs {', '.join(missing)}: see --missing and --wheels")
+
+
 def fetch_command(missing: list[str], *, python_version: str) -> str:
     """What brings them, with all that they need, from a machine that reaches a package index."""
     platforms = " ".join(f"--platform {platform}" for platform in _PLATFORMS)

@@ -11,7 +11,7 @@ from bench.gpu.results import StageResult, Value, Values
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "bench" / "results"
-STAGES = ("device", "correctness", "kernels", "sweep", "server")
+STAGES = ("device", "correctness", "kernels", "steps", "server", "sweep")
 NOT_MEASURED = "not measured yet"
 # What a table's place in the document looks like.
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -46,6 +46,7 @@ def filled(document: str, found: Mapping[str, StageResult]) -> str:
             "device": lambda: _rows(measured, "device"),
             "correctness": lambda: _correctness(found),
             "kernels": lambda: _kernels(measured),
+            "steps": lambda: _rows(measured, "steps"),
             "sweep": lambda: _sweep(measured),
             "server": lambda: _rows(measured, "server"),
         }[match[2]]()

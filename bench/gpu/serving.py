@@ -17,6 +17,9 @@ from typing import Any, Self
 from bench.soaking.server import child_pids
 
 _POLL = 0.005  # seconds between two looks
+# Seconds, and the share of one core that a worker uses less than when it has nothing to do.
+_LOOK = 0.3
+_IDLE_SHARE = 0.1
 _START_TIMEOUT = 170.0  # seconds
 _STOP_TIMEOUT = 20.0
 _CHILDREN = {"server": "llmd.server", "engine": "llmd.engine", "worker": "llmd.worker"}
@@ -24,12 +27,11 @@ _TICKS = os.sysconf("SC_CLK_TCK")  # a second
 
 
 class ServerProcess:
-    """Started when entered, ended when left. `compile_cache`: where Triton keeps what it has compiled."""
+    """Started when entered, ended when left. `folder`: where its log goes."""
 
-    def __init__(self, flags: Sequence[str], *, folder: Path, compile_cache: Path) -> None:
+    def __init__(self, flags: Sequence[str], *, folder: Path) -> None:
         self._flags = flags
         self._folder = folder
-        self._compile_cache = compile_cache
 
     def __enter__(self) -> Self:
         self.port = _free_port()
@@ -38,8 +40,7 @@ class ServerProcess:
         self._started = time.perf_counter()
         command = [sys.executable, "-m", "llmd", "serve", "--port", str(self.port), *self._flags]
         with self._log_path.open("wb") as log:
-            environment = {**os.environ, "TRITON_CACHE_DIR": str(self._compile_cache)}
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,6 +74,18 @@ class ServerProcess:
             time.sleep(0 if status == "ok" else _POLL)
         self.model = self._json("/v1/models")["data"][0]["id"]
         return timeline
+
+    def wait_idle(self, limit: float) -> float:
+        """Until its workers use next to no CPU time, or `limit` seconds: one without work captures graphs → seconds."""
+        started = time.perf_counter()
+        before = self.cpu_seconds().get("worker", 0.0)
+        while time.perf_counter() - started < limit:
+            time.sleep(_LOOK)
+            now = self.cpu_seconds().get("worker", 0.0)
+            if now - before < _IDLE_SHARE * _LOOK:
+                break
+            before = now
+        return time.perf_counter() - started
 
     def num_steps(self) -> float:
         """Steps of the engine since the start."""

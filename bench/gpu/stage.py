@@ -6,9 +6,10 @@ import os
 import time
 from pathlib import Path
 
+from bench.gpu.packages import check_packages
 from bench.gpu.results import Origin, Recorder
 
-NAMES = ("device", "correctness", "kernels", "sweep", "server")
+NAMES = ("device", "correctness", "kernels", "steps", "server", "sweep")
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     elif options.name == "device":
         _measure_device(recorder, rehearsal=origin.rehearsal)
     else:
-        _measure_kernels(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
+        _measure_here(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
     recorder.finish()
 
 
@@ -48,11 +49,16 @@ def _measure_device(recorder: Recorder, *, rehearsal: bool) -> None:
     device.measure(machine, recorder, torch_import=torch_import, context=context)
 
 
-def _measure_kernels(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> None:
+def _measure_here(name: str, recorder: Recorder, folder: Path, *, rehearsal: bool) -> None:
     # Everything that the pool's processes need is imported before they are forked, and no GPU touched.
     from bench.gpu import correctness, kernels, sweep
     from bench.gpu.choice import choose_machine
     from bench.gpu.compiling import compile_pool
+
+    if name == "steps":
+        # Needs what the server needs, which the kernels do not.
+        check_packages()
+        from bench.gpu import steps
 
     with compile_pool(1 if rehearsal else os.cpu_count() or 1) as pool:
         machine = choose_machine(rehearsal=rehearsal)
@@ -61,6 +67,8 @@ def _measure_kernels(name: str, recorder: Recorder, folder: Path, *, rehearsal: 
                 correctness.measure(machine, recorder, pool)
             case "kernels":
                 kernels.measure(machine, recorder, pool, folder)
+            case "steps":
+                steps.measure(machine, recorder, pool, folder)
             case "sweep":
                 sweep.measure(machine, recorder, pool, folder)
 

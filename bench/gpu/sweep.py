@@ -1,4 +1,4 @@
-"""Stage 4: other tilings of `linear` and attention, compiled side by side; the fastest become a proposal, `tiles.json`.
+"""Stage: other tilings of `linear` and attention, compiled side by side; the fastest become a proposal, `tiles.json`.
 
 For `linear` only tilings that change no bit are tried. Attention's `tile` and `split` do change bits, so a proposal for
 it is one tiling for all steps.
@@ -127,7 +127,7 @@ def _time_linear(machine: Machine, shape: tuple[int, int], num_tokens: int, tile
         return lambda: linear_ops.linear(x, weight)
 
     num_bytes = linear_cost.bytes_moved(num_tokens, num_inputs, num_outputs, itemsize=2)
-    with patch.object(linear_ops, "tile", lambda num_tokens: tile):
+    with patch.object(linear_ops, "tile", lambda num_tokens, **_: tile):
         timing = time_made(machine, make, num_bytes=num_bytes)
     return {"us": microseconds(timing), **dict(zip(LINEAR_FIELDS, tile, strict=True))}
 

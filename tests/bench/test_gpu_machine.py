@@ -1,7 +1,7 @@
 """The one part of gpu-check that no rehearsal runs: what it asks of CUDA, with CUDA's answers made up."""
 
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ class Capture:
     """Runs what is captured, or refuses it."""
 
     error: Exception | None = None
+    streams: ClassVar[list[str]] = []  # that were made current
 
     def __init__(self, graph: "Graph") -> None:
         self.graph = graph
@@ -64,6 +65,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "Event": Event,
         "CUDAGraph": Graph,
         "graph": Capture,
+        "_sleep": lambda cycles: None,
+        "current_stream": lambda device: "the stream that was current",
+        "set_stream": Capture.streams.append,
     }
     for name, answer in answers.items():
         # What is made up must exist.
@@ -94,6 +98,7 @@ def test_what_cannot_be_captured_is_called_and_says_so(gpu: Gpu, monkeypatch: py
     calls: list[int] = []
     timing = time_calls(gpu, [lambda: calls.append(0)])
     assert timing.how == "calls"
+    assert Capture.streams.pop() == "the stream that was current"
     assert len(calls) > 2
 
 

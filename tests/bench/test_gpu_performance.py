@@ -12,7 +12,7 @@ from bench.gpu.results import Origin, Row, StageResult, Value, path_of
 
 TABLES = "".join(
     f"{name}:\n<!-- table: {name} -->\nold\n<!-- end -->\n"
-    for name in ("origin", "goals", "limits", "device", "correctness", "kernels", "sweep", "server")
+    for name in ("origin", "goals", "limits", "device", "correctness", "kernels", "steps", "server", "sweep")
 )
 
 
@@ -34,7 +34,7 @@ def test_without_results_every_table_says_that_nothing_is_measured() -> None:
     document = filled(TABLES, {})
     assert "old" not in document
     assert "No GPU has run llmd yet" in document
-    for name in ("device", "correctness", "kernels", "sweep", "server"):
+    for name in ("device", "correctness", "kernels", "steps", "server", "sweep"):
         assert f"<!-- table: {name} -->\n{NOT_MEASURED}\n<!-- end -->" in document
     goals = document.partition("<!-- table: goals -->")[2].partition("<!-- end -->")[0].splitlines()[3:]
     assert goals
@@ -58,6 +58,19 @@ def test_measured_figures_stand_beside_their_goals() -> None:
                 "linear down, 1 tokens": {"us": 10.0, "of limit": 0.85, "cuBLAS us": 9.0},
                 "linear o, 4096 tokens": {"us": 10.0, "of limit": 0.5, "cuBLAS us": 9.5},
                 "paged_attention, decode 256 × 1024": {"us": 350.0, "of limit": 0.94},
+                "sample_on_device top-k and top-p, 256 rows": {"us": 121.0},
+                **{
+                    f"linear {name}, {num_tokens} tokens": {"us": 11.0, "of limit": 0.91, "cuBLAS us": 10.0}
+                    for name in ("qkv", "o", "gate_up", "down")
+                    for num_tokens in (64, 256)
+                },
+            },
+        ),
+        "steps": stage(
+            "steps",
+            {
+                f"decode step, {num_seqs} at once": {"us": us, "idle us": idle, "host us": 400.0}
+                for num_seqs, us, idle in ((1, 5400.0, 15.0), (32, 7000.0, 17.0), (256, 17000.0, 21.0))
             },
         ),
     }
@@ -70,6 +83,13 @@ def test_measured_figures_stand_beside_their_goals() -> None:
     assert line(document, "| matrix products, up to 64").endswith("| 85% (linear down, 1 tokens) |")
     assert line(document, "| matrix products, from 1,024").endswith("| 95% (linear o, 4096 tokens) |")
     assert line(document, "| decode attention, at least").endswith("| 94% (paged_attention, decode 256 × 1024) |")
+    assert line(document, "| GPU idle").endswith("| 15 / 17 / 21 µs |")
+    assert line(document, "| worker's time").endswith("| 400 / 400 / 400 µs |")
+    assert line(document, "| decode steps as launched").endswith(
+        "| 5.05 / 6.43 / 16.46 ms | 5,400 / 7,000 / 17,000 µs |"
+    )
+    assert line(document, "| cost of batch invariance").endswith("| 10% / 10% |")
+    assert line(document, "| sampling, top-k").endswith("| 121 µs |")
     assert "| server | 2026-12-01 | NVIDIA H100 80GB HBM3 | abc | done, 3 rows |" in document
 
 

@@ -32,7 +32,8 @@ EXPECTED = {
     "correctness": {
         "compiling": {"launches", "s", "errors"},
         "rms_norm, cases": {"cases", "largest error"},
-        "paged_attention, rows": {"bitwise"},
+        "step_inputs, cases": {"cases"},
+        "all_reduce_add_rms_norm, ranks of one launch": {"largest error"},
         "linear, shipped tiles": {"largest error"},
         "linear, any number of tokens": {"numbers of tokens"},
         "linear, any number of columns": {"columns", "bitwise"},
@@ -47,13 +48,32 @@ EXPECTED = {
         "linear lm_head, 3 tokens": {"us", "TFLOP/s", "cuBLAS us"},
         "paged_attention, decode 2 × 40": {"us", "GB/s", "limit us", "SDPA us", "flex_attention us"},
         "paged_attention, prefill 20": {"us", "SDPA us"},
+        "paged_attention fp8 KV, decode 2 × 40": {"us", "llmd in bfloat16 us"},
+        "quantized_linear int4 o, 2 tokens": {"us", "of limit", "cuBLAS bfloat16 us"},
+        "quantized_linear int8 o, 2 tokens": {"us"},
+        "quantized_linear fp8 o, 2 tokens": {"us"},
+        "linear_draw plain, 2 rows": {"us", "cuBLAS and argmax us"},
+        "sample_on_device top-k and top-p, 2 rows": {"us", "torch sort us"},
+        "scale_logits, 2 rows": {"us", "torch us"},
+        "route, 2 tokens": {"us", "torch us"},
+        "experts, 2 tokens": {"us", "loop of torch.mm us"},
+        "step_inputs and work list, 2 × 40": {"us"},
+    },
+    "steps": {
+        "random weights and KV cache": {"s", "blocks"},
+        "decode step, 2 at once": {"us", "graph us", "idle us", "host us", "launch us", "limit us", "of limit"},
+        "graphs as launches one by one": {"tokens", "bitwise"},
+        "alone as in company": {"at once", "bitwise"},
+        "whole prompts as in chunks": {"tokens", "bitwise"},
     },
     "sweep": {"compiling": {"launches"}, "linear o, 3 tokens, 64 16 4 5": {"us", "outputs", "num_stages"}},
     "server": {
         "start, cold compile cache": {"port open s", "health answers s", "ready s", "first token s"},
         "start, warm compile cache": {"port open s", "ready s", "first token s"},
+        "capturing graphs": {"s"},
         "first token, idle, prompt of 24": {"TTFT p50 ms"},
         "load, 1 at once": {"output tok/s", "TTFT p50 ms", "ITL p50 ms", "ITL p99 ms", "engine CPU us a step"},
+        "fp8 KV: load, 3 at once": {"ready s", "output tok/s"},
         "load, 3 at once": {"output tok/s", "steps", "worker CPU us a step", "server CPU us a step"},
     },
 }
@@ -131,6 +151,6 @@ def test_a_second_call_does_nothing(rehearsed: tuple[Path, subprocess.CompletedP
 def test_stages_can_be_chosen_and_unknown_ones_are_named(tmp_path: Path) -> None:
     refused = gpu_check("--rehearse", "--stages", "device,nonsense", "--out", str(tmp_path))
     assert refused.returncode == 2
-    assert "no stage nonsense; there are device, correctness, kernels, sweep, server" in refused.stderr
+    assert "no stage nonsense; there are device, correctness, kernels, steps, server, sweep" in refused.stderr
     assert gpu_check("--rehearse", "--stages", "device", "--out", str(tmp_path)).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["device.json"]
