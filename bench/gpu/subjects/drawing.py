@@ -8,7 +8,14 @@ from torch import Tensor
 from bench.gpu.contexts import random_on
 from bench.gpu.machine import Call, Machine
 from bench.gpu.subject import Subject
-from llmd_kernels import DeviceSampling, linear_draw, pack_sampling, record_of, sample_on_device, scale_logits
+from llmd_kernels import (
+    DeviceSampling,
+    SamplingRecords,
+    linear_draw,
+    pack_sampling,
+    sample_on_device,
+    scale_logits,
+)
 from llmd_kernels.linear_draw import cost as draw_cost
 from llmd_kernels.sample import RowSampling
 from llmd_kernels.sample import cost as sample_cost
@@ -115,8 +122,7 @@ def _scale(machine: Machine, num_rows: int) -> Subject:
 
 def sampling_on(machine: Machine, row: RowSampling, num_rows: int) -> DeviceSampling:
     """So many rows that are drawn alike, each with noise of its own position."""
-    packed = pack_sampling(
-        [record_of(row)] * num_rows, positions=range(num_rows), prompt_lens=[0] * num_rows, places=range(num_rows)
-    )
+    records = SamplingRecords.of([row] * num_rows, prompt_lens=[0] * num_rows, places=range(num_rows))
+    packed = pack_sampling(records, columns=range(num_rows), positions=range(num_rows))
     history = torch.zeros(num_rows, 1, dtype=torch.int32, device=machine.device)
     return packed.on_device(torch.from_numpy(packed.words).to(machine.device), history=history)
