@@ -9,13 +9,12 @@ import triton.language as tl
 
 from tests.kernels.proof.binary import listing
 from tests.kernels.proof.checks import Configuration, Proof
-from tests.kernels.proof.compiler import TARGETS, compiled_for
+from tests.kernels.proof.compiler import MATRIX, TARGETS, compiled_for
 from tests.kernels.proof.gates import check_configuration
 from tests.kernels.proof.inputs import meta
 from tests.kernels.proof.registry import PROOFS
 
 NVIDIA = [arch for arch in TARGETS if arch.startswith("sm_")]
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 @triton.jit

@@ -7,7 +7,14 @@ from tests.kernels.proof.checks import Configuration
 from tests.kernels.proof.compiler import Compiled, compiled_for
 
 # Shared memory that one program can have, bytes (CUDA programming guide, table of technical specifications; CDNA3 ISA).
-SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMITS = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmd_kernels.experts import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
+from tests.kernels.proof.compiler import MATRIX
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
 
 # (hidden size, intermediate size, experts, chosen, activation) of Mixtral-8x7B, Qwen3-30B-A3B, gpt-oss-20b.
@@ -18,7 +19,6 @@ SHIPPED = {
     "gpt-oss-20b": (2880, 2880, 32, 4, "clamped_silu"),
 }
 NUM_TOKENS = (1, 16, 64, 256, 1024, 4096)
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 def stacks(

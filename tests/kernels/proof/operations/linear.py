@@ -7,11 +7,11 @@ from torch import Tensor
 
 from llmd_kernels.linear import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
+from tests.kernels.proof.compiler import MATRIX
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
 
 # (inputs, outputs) of fused qkv, output, gate and up, down, head of Llama-3.1-8B, and SmolLM2-135M's.
 SHIPPED = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (4096, 128256), (576, 960), (1536, 576))
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 def weight(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from llmd_kernels.linear_draw import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
+from tests.kernels.proof.compiler import MATRIX
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta
-from tests.kernels.proof.operations.linear import MATRIX
 
 
 def keys(num_rows: int) -> dict[str, Tensor]:

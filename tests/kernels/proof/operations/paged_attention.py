@@ -14,6 +14,7 @@ from llmd_kernels.paged_attention.tiles import TABLE, WITHOUT_FLOAT8, Numbers, T
 from llmd_kernels.paged_attention.workspace import LayerKind
 from tests.kernels.batches import Heads, Inputs, context, inputs
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
+from tests.kernels.proof.compiler import MATRIX
 from tests.kernels.proof.inputs import FLOATS, dtype_name, meta
 
 # Small, so that short contexts have several tiles and splits.
@@ -26,7 +27,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {"window": 33, "soft_cap": 3.0, "sinks": True},
 }
 
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 # Head sizes of models, with the one in the table that they are padded to.
 HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128, 192: 256, 256: 256}
 # (sliding window, soft cap, sinks): Llama; Gemma 2 and gpt-oss together.
@@ -34,6 +34,8 @@ FEATURES: tuple[tuple[int | None, float | None, bool], ...] = ((None, None, Fals
 # Keys and values come in wide loads. The rest are ids of blocks and scales, one a key, which all but one of the
 # threads that ask for them find in the first cache.
 VECTOR_SHARES: dict[Numbers, float] = {"16/16": 0.7, "16/8": 0.15, "32": 0.75}
+# Float32 over float8: a thread that multiplies takes less than 16 bytes of it at a time.
+VECTOR_SHARE_32_8 = 0.0
 
 
 def paged_attention(**arguments: Any) -> Tensor:
@@ -97,6 +99,8 @@ def _configurations(arch: str) -> Iterator[Configuration]:
                 for block_size in (16, 64) if head_dim == padded else (16,):
                     for features in FEATURES:
                         yield _configuration(arch, head_dim, numbers, config, block_size, features)
+            if numbers == "32" and config is not None:
+                yield _configuration(arch, head_dim, numbers, config, 16, FEATURES[1], is_float8=True)
 
 
 def _configuration(
@@ -106,17 +110,20 @@ def _configuration(
     config: TileConfig,
     block_size: int,
     features: tuple[int | None, float | None, bool],
+    *,
+    is_float8: bool = False,
 ) -> Configuration:
     window, soft_cap, has_sinks = features
+    is_float8 = is_float8 or numbers == "16/8"
     q_dtype = torch.float32 if numbers == "32" else torch.bfloat16
     float8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
-    cache_dtype = float8 if numbers == "16/8" else q_dtype
+    cache_dtype = float8 if is_float8 else q_dtype
 
     def call() -> None:
         ints = torch.tensor([0, 3, 4]), torch.tensor([500, 1000])
         batch = AttentionBatch(*ints, meta(2, 64, dtype=torch.int64), block_size)
         cache = meta(1000, 8, block_size, head_dim, dtype=cache_dtype)
-        scales = meta(1000, 8, block_size, dtype=torch.float32) if numbers == "16/8" else None
+        scales = meta(1000, 8, block_size, dtype=torch.float32) if is_float8 else None
         triton_ops.paged_attention(
             meta(4, 32, head_dim, dtype=q_dtype),
             cache,
@@ -132,16 +139,17 @@ def _configuration(
             num_processors=100,
         )
 
+    name = "32/8" if numbers == "32" and is_float8 else numbers
     extras = " with window, soft cap and sinks" if has_sinks else ""
     # A product of float32 has no matrix instruction on NVIDIA; wgmma takes 64 rows, fewer are mma's.
     matrix = {arch: "HMMA" if config.rows < 64 and arch.startswith("sm_") else MATRIX[arch]}
     if arch in WITHOUT_FLOAT8:
-        config = replace(config, float8_by_bits=numbers == "16/8")
+        config = replace(config, float8_by_bits=is_float8)
     return Configuration(
-        f"{numbers} bits, head size {head_dim}, block size {block_size}{extras}",
+        f"{name} bits, head size {head_dim}, block size {block_size}{extras}",
         call,
         archs=(arch,),
-        vector_share=VECTOR_SHARES[numbers],
+        vector_share=VECTOR_SHARE_32_8 if name == "32/8" else VECTOR_SHARES[numbers],
         matrix={} if numbers == "32" and arch.startswith("sm_") else matrix,
     )
 

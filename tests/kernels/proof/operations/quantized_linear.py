@@ -14,11 +14,11 @@ from llmd_kernels.quantized_linear.weights import (
     pack_int_weight,
 )
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
+from tests.kernels.proof.compiler import MATRIX
 from tests.kernels.proof.inputs import apart, dtype_name, meta, randn
 
 # (inputs, outputs) of Llama-3.1-8B's fused qkv, output, gate and up, down.
 SHIPPED = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
 def int_weight(
