@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-# What Q and the cache hold: both 16 bits a number, Q 16 and the cache 8, or Q 32.
-Numbers = Literal["16/16", "16/8", "32"]
+# What Q and the cache hold: both 16 bits a number, Q 16 and the cache 8, Q 32 and the cache more than 8, or 8.
+Numbers = Literal["16/16", "16/8", "32", "32/8"]
 # The block sizes that are proven. An entry holds for all of them until a device shows a reason to differ.
 BLOCK_SIZES = (16, 32, 64)
 # Devices for which Triton has no float8_e4m3fn.
@@ -39,8 +39,10 @@ def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers | None:
             return "16/16"
         case 2, 1:
             return "16/8"
-        case 4, 1 | 2 | 4:
+        case 4, 2 | 4:
             return "32"
+        case 4, 1:
+            return "32/8"
         case _:
             return None
 
@@ -55,6 +57,7 @@ def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers | None:
 #   3 % more bytes where they are handed on; where there is enough to do they are merged in registers for nothing.
 # - Tiles, warps and stages are the largest that keep everything in registers, found by compiling. On sm_80 none needs
 #   more than 57 KiB of shared memory, so that sm_86 and sm_89, which have 99 KiB a program, have the same entries.
+# - None for head size 256, "32/8" on sm_89: whatever was tried spills.
 TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_80", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_80", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
@@ -65,6 +68,9 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_80", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_80", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_80", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_80", 64, "32/8"): TileConfig(16, 16, 256, 4, 2, 2),
+    ("sm_80", 128, "32/8"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_80", 256, "32/8"): TileConfig(16, 16, 256, 4, 1, 1),
     ("sm_86", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_86", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
     ("sm_86", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
@@ -74,6 +80,9 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_86", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_86", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_86", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_86", 64, "32/8"): TileConfig(16, 16, 256, 4, 2, 2),
+    ("sm_86", 128, "32/8"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_86", 256, "32/8"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_89", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_89", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
     ("sm_89", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
@@ -83,6 +92,8 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_89", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_89", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_89", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_89", 64, "32/8"): TileConfig(16, 16, 256, 4, 2, 2),
+    ("sm_89", 128, "32/8"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_90", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_90", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
     ("sm_90", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
@@ -92,6 +103,9 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_90", 64, "32"): TileConfig(16, 32, 256, 4, 1, 2),
     ("sm_90", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_90", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_90", 64, "32/8"): TileConfig(16, 32, 256, 4, 1, 2),
+    ("sm_90", 128, "32/8"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_90", 256, "32/8"): TileConfig(16, 32, 256, 8, 1, 1),
     ("sm_100", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_100", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
     ("sm_100", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
@@ -101,6 +115,9 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_100", 64, "32"): TileConfig(16, 64, 256, 4, 2, 2),
     ("sm_100", 128, "32"): TileConfig(16, 16, 256, 4, 1, 2),
     ("sm_100", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_100", 64, "32/8"): TileConfig(16, 32, 256, 4, 1, 2),
+    ("sm_100", 128, "32/8"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_100", 256, "32/8"): TileConfig(16, 16, 256, 8, 1, 1),
     ("gfx942", 64, "16/16"): TileConfig(64, 64, 256, 4, 1, 2),
     ("gfx942", 128, "16/16"): TileConfig(64, 64, 256, 4, 1, 1),
     ("gfx942", 256, "16/16"): TileConfig(32, 32, 256, 8, 1, 1),
@@ -110,6 +127,9 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("gfx942", 64, "32"): TileConfig(16, 32, 256, 4, 1, 2),
     ("gfx942", 128, "32"): TileConfig(16, 32, 256, 4, 1, 1),
     ("gfx942", 256, "32"): TileConfig(16, 32, 256, 4, 1, 1),
+    ("gfx942", 64, "32/8"): TileConfig(16, 32, 256, 4, 1, 2),
+    ("gfx942", 128, "32/8"): TileConfig(16, 32, 256, 4, 1, 1),
+    ("gfx942", 256, "32/8"): TileConfig(16, 32, 256, 4, 1, 1),
 }
 
 

@@ -131,7 +131,10 @@ def test_a_configuration_is_found_by_device_head_size_and_dtypes() -> None:
     assert find_config("sm_90", 256, torch.float32, bf16) is TABLE["sm_90", 256, "32"]
     by_bits = replace(TABLE["sm_80", 128, "16/8"], float8_by_bits=True)
     assert find_config("sm_80", 128, bf16, float8) == by_bits
-    assert find_config("sm_80", 128, torch.float32, float8) == replace(TABLE["sm_80", 128, "32"], float8_by_bits=True)
+    by_bits = replace(TABLE["sm_80", 128, "32/8"], float8_by_bits=True)
+    assert find_config("sm_80", 128, torch.float32, float8) == by_bits
+    assert find_config("sm_86", 128, bf16, float8) == replace(TABLE["sm_86", 128, "16/8"], float8_by_bits=True)
+    assert find_config("sm_89", 128, bf16, float8) is TABLE["sm_89", 128, "16/8"]
     assert find_config("sm_80", 128, bf16, torch.float8_e5m2) is None
     assert find_config("sm_75", 128, bf16, bf16) is None
     assert find_config("sm_90", 512, bf16, bf16) is None

@@ -33,9 +33,7 @@ HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128, 192: 256, 256: 256}
 FEATURES: tuple[tuple[int | None, float | None, bool], ...] = ((None, None, False), (128, 50.0, True))
 # Keys and values come in wide loads. The rest are ids of blocks and scales, one a key, which all but one of the
 # threads that ask for them find in the first cache.
-VECTOR_SHARES: dict[Numbers, float] = {"16/16": 0.7, "16/8": 0.15, "32": 0.75}
-# Float32 over float8: a thread that multiplies takes less than 16 bytes of it at a time.
-VECTOR_SHARE_32_8 = 0.0
+VECTOR_SHARES: dict[Numbers, float] = {"16/16": 0.7, "16/8": 0.15, "32": 0.75, "32/8": 0.2}
 
 
 def paged_attention(**arguments: Any) -> Tensor:
@@ -99,8 +97,6 @@ def _configurations(arch: str) -> Iterator[Configuration]:
                 for block_size in (16, 64) if head_dim == padded else (16,):
                     for features in FEATURES:
                         yield _configuration(arch, head_dim, numbers, config, block_size, features)
-            if numbers == "32" and config is not None:
-                yield _configuration(arch, head_dim, numbers, config, 16, FEATURES[1], is_float8=True)
 
 
 def _configuration(
@@ -110,12 +106,10 @@ def _configuration(
     config: TileConfig,
     block_size: int,
     features: tuple[int | None, float | None, bool],
-    *,
-    is_float8: bool = False,
 ) -> Configuration:
     window, soft_cap, has_sinks = features
-    is_float8 = is_float8 or numbers == "16/8"
-    q_dtype = torch.float32 if numbers == "32" else torch.bfloat16
+    is_float8 = numbers.endswith("/8")
+    q_dtype = torch.float32 if numbers.startswith("32") else torch.bfloat16
     float8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
     cache_dtype = float8 if is_float8 else q_dtype
 
@@ -139,18 +133,17 @@ def _configuration(
             num_processors=100,
         )
 
-    name = "32/8" if numbers == "32" and is_float8 else numbers
     extras = " with window, soft cap and sinks" if has_sinks else ""
     # A product of float32 has no matrix instruction on NVIDIA; wgmma takes 64 rows, fewer are mma's.
     matrix = {arch: "HMMA" if config.rows < 64 and arch.startswith("sm_") else MATRIX[arch]}
     if arch in WITHOUT_FLOAT8:
         config = replace(config, float8_by_bits=is_float8)
     return Configuration(
-        f"{name} bits, head size {head_dim}, block size {block_size}{extras}",
+        f"{numbers} bits, head size {head_dim}, block size {block_size}{extras}",
         call,
         archs=(arch,),
-        vector_share=VECTOR_SHARE_32_8 if name == "32/8" else VECTOR_SHARES[numbers],
-        matrix={} if numbers == "32" and arch.startswith("sm_") else matrix,
+        vector_share=VECTOR_SHARES[numbers],
+        matrix={} if numbers.startswith("32") and arch.startswith("sm_") else matrix,
     )
 
 
