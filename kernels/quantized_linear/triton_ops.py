@@ -34,8 +34,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return y
-    outputs, tokens, num_warps, num_stages = tile(num_tokens)
     operands = _operands(weight)
+    outputs, tokens, num_warps, num_stages = tile(num_tokens, operands["SCALE_INPUTS"])
     span = plain.span_of(num_outputs, num_inputs)
     num_spans = triton.cdiv(num_inputs, span)
     splits = num_spans > 1 and num_tokens <= plain.MAX_SPLIT_TOKENS
@@ -82,7 +82,7 @@ def numbers(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return rows
 
 
-def tile(num_tokens: int) -> tuple[int, int, int, int]:
+def tile(num_tokens: int, scale_inputs: int) -> tuple[int, int, int, int]:
     """(outputs and tokens of a program, warps, stages of its pipeline). No bit depends on them."""
     target = current_target()
     if target is not None and target.backend == "hip":
@@ -90,6 +90,9 @@ def tile(num_tokens: int) -> tuple[int, int, int, int]:
         outputs, tokens, num_warps, _ = plain.tile(min(num_tokens, 64))
         return outputs, tokens, num_warps, 2
     outputs, tokens, num_warps, num_stages = plain.tile(num_tokens)
+    if outputs == 128 and scale_inputs == BLOCK_K and target is not None and target.arch < 90:
+        # Two scales a turn and row: more rows spill.
+        return 64, tokens, 4, 3
     return outputs, tokens, num_warps, min(num_stages, 4)
 
 

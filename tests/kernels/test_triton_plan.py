@@ -93,7 +93,7 @@ def check(bucket: Bucket, *, has_places: bool = True) -> None:
         assert host.num_counters * heads <= len(scratch.counters)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(buckets(), st.booleans())
 def test_the_device_makes_the_items_that_the_host_makes(bucket: Bucket, has_places: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
