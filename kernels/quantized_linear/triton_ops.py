@@ -19,6 +19,8 @@ from llmd_kernels.quantized_linear.weights import Float8Weight, IntWeight, Quant
 BLOCK_K = plain.BLOCK_K
 # Above this number of tokens the weight is dequantised once, in memory: each tile of tokens would do it again.
 MAX_TOKENS = 1024
+# Compute capabilities whose programs have 99 KiB of shared memory.
+SMALL_SHARED = (86, 89)
 SCALE_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -90,9 +92,12 @@ def tile(num_tokens: int, scale_inputs: int) -> tuple[int, int, int, int]:
         outputs, tokens, num_warps, _ = plain.tile(min(num_tokens, 64))
         return outputs, tokens, num_warps, 2
     outputs, tokens, num_warps, num_stages = plain.tile(num_tokens)
-    if outputs == 128 and scale_inputs == BLOCK_K and target is not None and target.arch < 90:
+    if outputs == 128 and target is not None and target.arch < 90:
         # Two scales a turn and row: more rows spill.
-        return 64, tokens, 4, 3
+        if scale_inputs == BLOCK_K:
+            return 64, tokens, 4, 3
+        # int8 needs 113 KiB with three.
+        num_stages = 2 if target.arch in SMALL_SHARED else 3
     return outputs, tokens, num_warps, min(num_stages, 4)
 
 
