@@ -33,7 +33,7 @@ HEAD_DIMS = {64: 64, 80: 128, 96: 128, 128: 128, 192: 256, 256: 256}
 FEATURES: tuple[tuple[int | None, float | None, bool], ...] = ((None, None, False), (128, 50.0, True))
 # Keys and values come in wide loads. The rest are ids of blocks and scales, one a key, which all but one of the
 # threads that ask for them find in the first cache.
-VECTOR_SHARES: dict[Numbers, float] = {"16/16": 0.7, "16/8": 0.15, "32": 0.75, "32/8": 0.2}
+VECTOR_SHARES: dict[Numbers, float] = {"16/16": 0.65, "16/8": 0.15, "32": 0.75, "32/8": 0.2}
 
 
 def paged_attention(**arguments: Any) -> Tensor:
