@@ -57,7 +57,7 @@ def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers | None:
 #   3 % more bytes where they are handed on; where there is enough to do they are merged in registers for nothing.
 # - Tiles, warps and stages are the largest that keep everything in registers, found by compiling. sm_86 and sm_89 have
 #   99 KiB of shared memory a program, of which these take 52 at most.
-# - What is missing for "32/8" spills, whatever was tried.
+# - What is missing for float32 spills, whatever was tried.
 TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_80", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_80", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
@@ -79,7 +79,6 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_86", 256, "16/8"): TileConfig(32, 32, 256, 8, 2, 1),
     ("sm_86", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_86", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
-    ("sm_86", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_86", 64, "32/8"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_89", 64, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
     ("sm_89", 128, "16/16"): TileConfig(64, 32, 256, 8, 3, 1),
@@ -89,7 +88,6 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_89", 256, "16/8"): TileConfig(32, 32, 256, 8, 2, 1),
     ("sm_89", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_89", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
-    ("sm_89", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_89", 64, "32/8"): TileConfig(16, 16, 256, 4, 2, 2),
     ("sm_90", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
     ("sm_90", 128, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),

@@ -71,14 +71,14 @@ def cases() -> Iterator[Case]:
     # The second token crosses top_p, and is kept.
     crossing = tuple(RowSampling(seed=seed, temperature=4.0, top_p=0.75) for seed in range(8))
     yield case("two tokens", torch.tensor([[0.0, 1.0]] * 8), crossing)
+    # Negative logits, equal ones at every border: lower ids stay.
+    yield case("ties", (randn(len(KINDS), 150) * 2).round() - 9, KINDS, masked=True)
     for dtype in FLOATS:
         logits = apart((randn(4, 150) * 3).to(dtype))
         yield case(f"{dtype_name(dtype)}, rows apart", logits, (KINDS[1], KINDS[6], KINDS[9], KINDS[2]), masked=True)
     # More survivors than are ranked among each other: the row is bisected.
     flat = randn(3, 1500) / 8
     yield case("flat", flat, (RowSampling(seed=1, top_p=0.96875), RowSampling(seed=2, top_k=1400, top_p=0.9375)))
-    # Negative logits, equal ones at every border: lower ids stay.
-    yield case("ties", (randn(len(KINDS), 150) * 2).round() - 9, KINDS, masked=True)
     # Several chunks; a nucleus in a corner.
     wide = randn(3, 9000)
     wide[:, 4090:4100] += 8
