@@ -25,6 +25,8 @@ def serve_engine(runner: Runner, engine: socket.socket, ready: RankReady) -> Non
     woken, waker = socket.socketpair()
     # an engine that is gone is the end, whether we read or write when we find out
     with woken, waker, ThreadPoolExecutor(1, thread_name_prefix="results") as results, suppress(ConnectionError):
+        # its thread begins now: what an idle rank holds is the same before its first step and after
+        results.submit(lambda: None)
         engine.sendall(encode_frame(ready))
         while data := _receive(runner, engine, in_flight, woken):
             for plan in decoder.feed(data):

@@ -7,9 +7,9 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from tests.kernels.proof.table import BY_NAME, checks_of, one_thread, row_of
+from tests.kernels.proof.table import BY_NAME, Check, Row, checks_of, one_thread, row_of
 
 HEADINGS = ("kernel", "proof", "", "result", "seconds")
 WIDTHS = (16, 12, 46, 60, 0)
@@ -29,13 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checks = [check for name in names for check in checks_of(name, everything=options.all)]
     failures = 0
     _print_row(HEADINGS)
-    # What is forked from a process whose threads compute can wait for them forever.
-    with multiprocessing.get_context("spawn").Pool(options.jobs, one_thread) as pool:
-        for cells, failed in pool.imap(row_of, checks):
-            _print_row(cells)
-            failures += failed
+    for cells, failed in _rows(checks, options.jobs):
+        _print_row(cells)
+        failures += failed
     print(f"{failures} failed" if failures else "all hold; nothing here ran on a GPU")
     return 1 if failures else 0
+
+
+def _rows(checks: Sequence[Check], num_jobs: int) -> Iterator[Row]:
+    if num_jobs == 1:
+        yield from map(row_of, checks)
+        return
+    # What is forked from a process whose threads compute can wait for them forever.
+    with multiprocessing.get_context("spawn").Pool(num_jobs, one_thread) as pool:
+        yield from pool.imap(row_of, checks)
 
 
 def _print_row(cells: Sequence[str]) -> None:

@@ -11,6 +11,9 @@ from tests.kernels.proof.compiler import TARGETS
 from tests.kernels.proof.gates import Passed, check_configuration
 from tests.kernels.proof.registry import PROOFS
 
+# Cells, and whether the check failed.
+Row = tuple[Sequence[str], bool]
+
 BY_NAME = {proof.name: proof for proof in PROOFS}
 
 
@@ -39,8 +42,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def row_of(check: Check) -> tuple[Sequence[str], bool]:
-    """What the table says of this check, and whether it failed."""
+def row_of(check: Check) -> Row:
+    """What the table says of this check."""
     start = time.monotonic()
     proof, failed = BY_NAME[check.proof], False
     proven = {"interpreter": proof.cases, "invariance": proof.rows}.get(check.kind, proof.configurations)
