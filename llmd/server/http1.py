@@ -97,8 +97,10 @@ class Http1Protocol(H11Protocol):
         return True
 
     async def stream_send(self, event: StreamEvent) -> None:
-        """Send what the application answers; while the server drains, with the word that nothing comes after it."""
-        if isinstance(event, Response) and self.context.terminated.is_set():
+        """Send what the application answers, with the word that nothing comes after it while the server drains, and
+        where the answer came before the end of the request: what is left of it is not read."""
+        is_early = self.connection.their_state is h11.SEND_BODY
+        if isinstance(event, Response) and (is_early or self.context.terminated.is_set()):
             event = replace(event, headers=[*event.headers, (b"connection", b"close")])
         await super().stream_send(event)
 
