@@ -83,5 +83,9 @@ def test_a_device_whose_rows_depend_on_one_another_is_found() -> None:
         check_rows(RMS_NORM.rows[0], launching)
 
 
-def test_the_program_for_the_sanitizer_runs() -> None:
+def test_the_program_for_the_sanitizer_checks_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[float] = []
+    monkeypatch.setattr(sanitized, "check_numbers", lambda proof, case: errors.append(check_numbers(proof, case)))
     sanitized.main(["cpu"])
+    # a small error, and not none: something was computed
+    assert [0 < error < 0.1 for error in errors] == [True]
