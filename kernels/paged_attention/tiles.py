@@ -14,7 +14,11 @@ Numbers = Literal["16/16", "16/8", "32", "32/8"]
 # The block sizes that are proven. An entry holds for all of them until a device shows a reason to differ.
 BLOCK_SIZES = (16, 32, 64)
 # Devices for which Triton has no float8_e4m3fn.
-WITHOUT_FLOAT8 = ("sm_80", "sm_86")
+WITHOUT_FLOAT8 = ("sm_80", "sm_86", "gfx942")
+
+
+# GPUs that differ from another in nothing that an entry is about, and have no less shared memory.
+NEXT_OF_KIN = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,8 @@ def numbers(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> Numbers | None:
 #   follows no rule that we know.
 # - Splits of 256 keys keep the processors of an H100 busy from four sequences of 2,048 tokens on (8 KV heads) and cost
 #   3 % more bytes where they are handed on; where there is enough to do they are merged in registers for nothing.
-# - Tiles, warps and stages are the largest that keep everything in registers, found by compiling. sm_86 and sm_89 have
-#   99 KiB of shared memory a program, of which these take 52 at most.
+# - Tiles, warps and stages are the largest that keep everything in registers, found by compiling. sm_86, sm_89 and
+#   sm_120 have 99 KiB of shared memory a program, of which these take 52 at most.
 # - What is missing for float32 spills, whatever was tried.
 TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_80", 64, "16/16"): TileConfig(64, 64, 256, 4, 3, 2),
@@ -111,12 +115,21 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
     ("sm_100", 128, "32"): TileConfig(16, 16, 256, 4, 1, 2),
     ("sm_100", 256, "32"): TileConfig(16, 16, 256, 8, 1, 1),
     ("sm_100", 64, "32/8"): TileConfig(16, 32, 256, 4, 1, 2),
+    ("sm_120", 64, "16/16"): TileConfig(64, 64, 256, 8, 3, 1),
+    ("sm_120", 128, "16/16"): TileConfig(64, 32, 256, 8, 3, 1),
+    ("sm_120", 256, "16/16"): TileConfig(32, 32, 256, 8, 3, 1),
+    ("sm_120", 64, "16/8"): TileConfig(64, 32, 256, 8, 2, 1),
+    ("sm_120", 128, "16/8"): TileConfig(64, 32, 256, 8, 2, 1),
+    ("sm_120", 256, "16/8"): TileConfig(32, 32, 256, 8, 2, 1),
+    ("sm_120", 64, "32"): TileConfig(16, 16, 256, 4, 2, 2),
+    ("sm_120", 128, "32"): TileConfig(16, 16, 256, 8, 1, 1),
+    ("sm_120", 64, "32/8"): TileConfig(16, 16, 256, 4, 2, 2),
     ("gfx942", 64, "16/16"): TileConfig(64, 64, 256, 4, 1, 2),
     ("gfx942", 128, "16/16"): TileConfig(64, 64, 256, 4, 1, 1),
     ("gfx942", 256, "16/16"): TileConfig(32, 32, 256, 8, 1, 1),
     ("gfx942", 64, "16/8"): TileConfig(64, 32, 256, 4, 1, 1),
     ("gfx942", 128, "16/8"): TileConfig(64, 32, 256, 4, 1, 1),
-    ("gfx942", 256, "16/8"): TileConfig(32, 32, 256, 8, 1, 1),
+    ("gfx942", 256, "16/8"): TileConfig(32, 16, 256, 8, 1, 1),
     ("gfx942", 64, "32"): TileConfig(16, 32, 256, 4, 1, 2),
     ("gfx942", 128, "32"): TileConfig(16, 32, 256, 4, 1, 1),
     ("gfx942", 256, "32"): TileConfig(16, 32, 256, 4, 1, 1),
@@ -128,6 +141,7 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
 
 def find_config(arch: str, head_dim: int, q_dtype: torch.dtype, cache_dtype: torch.dtype) -> TileConfig | None:
     """The entry for this kind of device; None where there is none, or no proof of it."""
+    arch = NEXT_OF_KIN.get(arch, arch)
     kind = numbers(q_dtype, cache_dtype)
     config = None if kind is None else TABLE.get((arch, max(64, padded_dim(head_dim)), kind))
     if config is None or arch not in WITHOUT_FLOAT8 or cache_dtype.itemsize > 1:

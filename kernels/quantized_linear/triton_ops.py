@@ -20,7 +20,9 @@ BLOCK_K = plain.BLOCK_K
 # Above this number of tokens the weight is dequantised once, in memory: each tile of tokens would do it again.
 MAX_TOKENS = 1024
 # Compute capabilities whose programs have 99 KiB of shared memory.
-SMALL_SHARED = (86, 89)
+SMALL_SHARED = (86, 89, 120, 121)
+# Those whose matrix instructions run beside the threads (wgmma, tcgen05), which so keep registers for unpacking.
+ASYNCHRONOUS_MATRIX = (90, 100, 103)
 SCALE_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -63,6 +65,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         TILE_GROUP=plain.GROUP,
         num_warps=num_warps,
         num_stages=num_stages,
+        **_registers(tokens),
     )
     if splits:
         add_spans_kernel[(num_tokens, triton.cdiv(num_outputs, 1024))](
@@ -92,13 +95,24 @@ def tile(num_tokens: int, scale_inputs: int) -> tuple[int, int, int, int]:
         outputs, tokens, num_warps, _ = plain.tile(min(num_tokens, 64))
         return outputs, tokens, num_warps, 2
     outputs, tokens, num_warps, num_stages = plain.tile(num_tokens)
-    if outputs == 128 and target is not None and target.arch < 90:
+    if outputs == 128 and target is not None and target.arch not in ASYNCHRONOUS_MATRIX:
         # Two scales a turn and row: more rows spill.
         if scale_inputs == BLOCK_K:
             return 64, tokens, 4, 3
         # int8 needs 113 KiB with three.
         num_stages = 2 if target.arch in SMALL_SHARED else 3
     return outputs, tokens, num_warps, min(num_stages, 4)
+
+
+def _registers(num_tokens: int) -> dict[str, int]:
+    """How many a thread may have, for the compiler: ptxas spills a number or two so that more programs run at a time.
+
+    Shared memory allows no more of them than these do. Hopper's need no such word.
+    """
+    target = current_target()
+    if target is None or target.backend == "hip" or target.arch == 90:
+        return {}
+    return {"maxnreg": 128 if num_tokens <= 64 else 255}
 
 
 def _step(num_inputs: int, span: int, scale_inputs: int) -> int:

@@ -135,6 +135,10 @@ def test_a_configuration_is_found_by_device_head_size_and_dtypes() -> None:
     assert find_config("sm_80", 128, torch.float32, float8) == by_bits
     assert find_config("sm_86", 128, bf16, float8) == replace(TABLE["sm_86", 128, "16/8"], float8_by_bits=True)
     assert find_config("sm_89", 128, bf16, float8) is TABLE["sm_89", 128, "16/8"]
+    assert find_config("sm_121", 64, bf16, float8) is TABLE["sm_120", 64, "16/8"]
+    assert find_config("sm_87", 64, bf16, float8) == replace(TABLE["sm_86", 64, "16/8"], float8_by_bits=True)
+    assert find_config("gfx942", 64, bf16, float8) == replace(TABLE["gfx942", 64, "16/8"], float8_by_bits=True)
+    assert find_config("gfx942", 64, bf16, torch.float8_e4m3fnuz) is None
     assert find_config("sm_80", 128, bf16, torch.float8_e5m2) is None
     assert find_config("sm_75", 128, bf16, bf16) is None
     assert find_config("sm_90", 512, bf16, bf16) is None

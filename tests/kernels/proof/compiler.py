@@ -19,6 +19,7 @@ TARGETS = {
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # What the name of a matrix instruction for 16-bit numbers begins with.
@@ -28,6 +29,7 @@ MATRIX = {
     "sm_89": "HMMA",
     "sm_90": "HGMMA",
     "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
     "gfx942": "v_mfma",
 }
 

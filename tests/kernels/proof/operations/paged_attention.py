@@ -110,8 +110,7 @@ def _configuration(
     window, soft_cap, has_sinks = features
     is_float8 = numbers.endswith("/8")
     q_dtype = torch.float32 if numbers.startswith("32") else torch.bfloat16
-    float8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
-    cache_dtype = float8 if is_float8 else q_dtype
+    cache_dtype = torch.float8_e4m3fn if is_float8 else q_dtype
 
     def call() -> None:
         ints = torch.tensor([0, 3, 4]), torch.tensor([500, 1000])

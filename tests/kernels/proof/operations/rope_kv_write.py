@@ -162,7 +162,7 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(
                 f"{shape.name} {dtype_name(dtype)}, float8 cache",
                 partial(call, cache_dtype=torch.float8_e4m3fn),
-                archs=("sm_89", "sm_90", "sm_100"),
+                archs=("sm_89", "sm_90", "sm_100", "sm_120"),
                 vector_share=0.55,
             )
 
