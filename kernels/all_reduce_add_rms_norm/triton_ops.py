@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmd_kernels.all_reduce_add_rms_norm.symmetric_memory import MAX_PROGRAMS, SymmetricMemory
+from llmd_kernels.registers import at_most
 from llmd_kernels.rms_norm.triton_ops import normalized
 
 
@@ -35,6 +36,7 @@ def all_reduce_add_rms_norm(
         raise ValueError(f"{num_rows} × {hidden_size} numbers do not fit in symmetric memory for {capacity}")
     x, residual = x.contiguous(), residual.contiguous()
     normed, new_residual = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    num_warps = 4 if hidden_size <= 4096 else 16
     if num_rows:
         all_reduce_add_rms_norm_kernel[(min(num_rows, MAX_PROGRAMS), num_local_ranks)](
             x,
@@ -55,7 +57,8 @@ def all_reduce_add_rms_norm(
             MAX_PROGRAMS=MAX_PROGRAMS,
             HIDDEN=hidden_size,
             BLOCK=triton.next_power_of_2(hidden_size),
-            num_warps=4 if hidden_size <= 4096 else 16,
+            num_warps=num_warps,
+            **at_most(255 if num_warps == 4 else 128),
         )
     return normed, new_residual
 

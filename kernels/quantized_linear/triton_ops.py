@@ -15,6 +15,7 @@ from triton.language.target_info import current_target
 from llmd_kernels.linear import triton_ops as plain
 from llmd_kernels.linear.triton_ops import add_spans_kernel, tile_of
 from llmd_kernels.quantized_linear.weights import Float8Weight, IntWeight, QuantizedWeight, dequantized
+from llmd_kernels.registers import at_most
 
 BLOCK_K = plain.BLOCK_K
 # Above this number of tokens the weight is dequantised once, in memory: each tile of tokens would do it again.
@@ -105,14 +106,9 @@ def tile(num_tokens: int, scale_inputs: int) -> tuple[int, int, int, int]:
 
 
 def _registers(num_tokens: int) -> dict[str, int]:
-    """How many a thread may have, for the compiler: ptxas spills a number or two so that more programs run at a time.
-
-    Shared memory allows no more of them than these do. Hopper's need no such word.
-    """
+    """Shared memory allows no more programs than these do. On Hopper none spills."""
     target = current_target()
-    if target is None or target.backend == "hip" or target.arch == 90:
-        return {}
-    return {"maxnreg": 128 if num_tokens <= 64 else 255}
+    return {} if target is None or target.arch == 90 else at_most(128 if num_tokens <= 64 else 255)
 
 
 def _step(num_inputs: int, span: int, scale_inputs: int) -> int:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import current_target
 
 from llmd_kernels.sample.device import DeviceSampling
 from llmd_kernels.sample.records import FILTERS
@@ -100,9 +101,15 @@ def draw_filtered(
         CANDIDATES=MAX_CANDIDATES,
         CHUNKS=triton.next_power_of_2(num_chunks),
         TOKENS=2048,
-        TOGETHER=8,
+        TOGETHER=_together(),
         num_warps=8,
     )
+
+
+def _together() -> int:
+    """Candidates that a candidate is compared with at a time. On sm_120 and sm_121 eight of them spill."""
+    target = current_target()
+    return 4 if target is not None and target.backend == "cuda" and target.arch in (120, 121) else 8
 
 
 @triton.jit
