@@ -13,7 +13,7 @@ from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.scheduler import Scheduler
 from llmd.engine.sequence import ConnectionId
 from llmd.protocol.generation import GenerateRequest, SamplingParams
-from llmd.protocol.steps import SequenceResult, StepPlan, StepResult
+from llmd.protocol.steps import StepPlan, StepResult
 
 CONNECTION = ConnectionId(0)
 MICROSECONDS = 1e6
@@ -22,8 +22,7 @@ NUM_STEPS = 400
 
 def answer(plan: StepPlan) -> StepResult:
     """What a rank would send: the same token for everyone."""
-    results = [SequenceResult(step.sequence_id, 7) for step in plan.sequences if step.samples]
-    return StepResult(step_id=plan.step_id, results=results)
+    return StepResult(step_id=plan.step_id, token_ids=[7] * sum(plan.samples))
 
 
 def add(scheduler: Scheduler, request_id: int, *, num_prompt_tokens: int, max_tokens: int) -> None:

@@ -26,7 +26,7 @@ from llmd.model.inputs import ModelInputs
 from llmd.model.kv_cache import KvCache, LayerCache
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import GenerateRequest, SamplingParams
-from llmd.protocol.steps import EngineToWorker, SequenceResult, StepPlan, StepResult
+from llmd.protocol.steps import EngineToWorker, StepPlan, StepResult
 from llmd.worker import gpu_runner
 from llmd.worker.gpu_runner import GpuRunner
 from llmd.worker.runner import PendingStep
@@ -107,8 +107,7 @@ def plans(num_sequences: int, sampling: dict[str, float]) -> Iterator[StepPlan]:
         scheduler.add(request, connection=ConnectionId(0))
     while (plan := scheduler.plan()) is not None:
         yield plan
-        results = [SequenceResult(step.sequence_id, 7) for step in plan.sequences if step.samples]
-        scheduler.commit(StepResult(step_id=plan.step_id, results=results))
+        scheduler.commit(StepResult(step_id=plan.step_id, token_ids=[7] * sum(plan.samples)))
 
 
 def measure(num_sequences: int, sampling: dict[str, float]) -> npt.NDArray[np.float64]:

@@ -10,7 +10,7 @@ import trio
 
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import FinishReason, GenerateRequest, TokenLogprobs
-from llmd.protocol.steps import NewSequence, RankReady, SequenceResult, SequenceStep, StepPlan, StepResult
+from llmd.protocol.steps import NewSequence, RankReady, SequenceStep, StepPlan, StepResult
 
 VOCAB_SIZE = 251
 
@@ -91,20 +91,25 @@ class FakeRank:
             del self._copies[sequence_id]
         for new in plan.new:
             self._take_in(new)
-        if len({step.sequence_id for step in plan.sequences}) != len(plan.sequences):
+        rows = list(plan.rows())
+        if len({step.sequence_id for step in rows}) != len(rows):
             raise ValueError(f"step {plan.step_id} runs a sequence twice")
-        for step in plan.sequences:
+        if not plan.new_block_ids.keys() <= set(plan.sequence_ids):
+            raise ValueError(f"step {plan.step_id} has blocks for sequences that do not run")
+        for step in rows:
             self._prepare(step)
         # everything is read before anything is written, and read again after everything is written
-        for step in plan.sequences:
+        for step in rows:
             self._check_context(step, step.start)
-        for step in plan.sequences:
+        for step in rows:
             copy = self._copies[step.sequence_id]
             for position in range(step.start, step.start + step.num_tokens):
                 self._cache[self._slot(copy, position)] = copy.entries[position]
-        results = [self._answer(step) for step in plan.sequences]
+        result = StepResult(step_id=plan.step_id, token_ids=[], logprobs={}, prompt_logprobs={})
+        for step in rows:
+            self._answer(step, result)
         self.num_steps += 1
-        return StepResult(step_id=plan.step_id, results=[result for result in results if result is not None])
+        return result
 
     def _take_in(self, new: NewSequence) -> None:
         if new.sequence_id in self._seen_ids:
@@ -127,25 +132,23 @@ class FakeRank:
         if self._num_blocks is not None and not all(0 <= block_id < self._num_blocks for block_id in copy.block_ids):
             raise ValueError(f"{step} uses a block that does not exist")
 
-    def _answer(self, step: SequenceStep) -> SequenceResult | None:
+    def _answer(self, step: SequenceStep, result: StepResult) -> None:
+        """Draw, and say so in `result`."""
         copy = self._copies[step.sequence_id]
         end = step.start + step.num_tokens
         self._check_context(step, end)
         context = copy.token_ids[:end]
         self.num_tokens += step.num_tokens
-        prompt_logprobs = []
         if copy.new.sampling.num_prompt_logprobs is not None:
             followers = range(step.start + 1, min(end + 1, copy.new.num_prompt_tokens))
-            prompt_logprobs = [token_logprobs(context[:i], copy.token_ids[i]) for i in followers]
-        token_id, logprobs = None, None
+            if prompt_logprobs := [token_logprobs(context[:i], copy.token_ids[i]) for i in followers]:
+                result.prompt_logprobs[step.sequence_id] = prompt_logprobs
         if step.samples:
             token_id = next_token(context, self._vocab_size)
             copy.append(token_id)
+            result.token_ids.append(token_id)
             if copy.new.sampling.num_logprobs is not None:
-                logprobs = token_logprobs(context, token_id)
-        if token_id is None and not prompt_logprobs:
-            return None
-        return SequenceResult(step.sequence_id, token_id, logprobs, tuple(prompt_logprobs))
+                result.logprobs[step.sequence_id] = token_logprobs(context, token_id)
 
     def _check_context(self, step: SequenceStep, end: int) -> None:
         """Whether the sequence's first `end` tokens stand in the cache where its block table says."""
@@ -172,10 +175,10 @@ class FatalRank(FakeRank):
         super().__init__(block_size, num_blocks=num_blocks)
         self._is_fatal = is_fatal
 
-    def _answer(self, step: SequenceStep) -> SequenceResult | None:
+    def _answer(self, step: SequenceStep, result: StepResult) -> None:
         if self._is_fatal(self._copies[step.sequence_id].token_ids[: step.start + step.num_tokens]):
             raise RankDied
-        return super()._answer(step)
+        super()._answer(step, result)
 
 
 async def serve_fake_rank(

@@ -21,7 +21,7 @@ from llmd.model.decoder import Decoder
 from llmd.model.kv_cache import KvCache, allocate_kv_cache
 from llmd.model.spec import load_spec
 from llmd.protocol.generation import SamplingParams
-from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
+from llmd.protocol.steps import NewSequence, StepPlan
 from llmd.worker.device import available_memory
 from llmd.worker.gpu_runner import GpuRunner
 from llmd.worker.runner import MAX_STEPS_IN_FLIGHT, PendingStep
@@ -129,7 +129,7 @@ def decode_plans(model: LoadedModel, *, num_seqs: int, num_steps: int) -> list[S
     if num_seqs * num_blocks > model.num_blocks:
         raise RuntimeError(f"{num_seqs} contexts of {context} tokens do not fit into {model.num_blocks} blocks")
     sampling = SamplingParams(max_tokens=num_steps + 1, seed=0, temperature=0.0)
-    ids = range(num_seqs)
+    ids = list(range(num_seqs))
     plans = []
     for index in range(num_steps):
         new = [
@@ -137,14 +137,19 @@ def decode_plans(model: LoadedModel, *, num_seqs: int, num_steps: int) -> list[S
             for i in (ids if index == 0 else ())
         ]
         # a sequence has all its blocks from the beginning
-        rows = [
-            SequenceStep(
-                i, context - 1 + index, 1, list(range(i * num_blocks, (i + 1) * num_blocks)) if new else [], True
+        new_block_ids = {i: list(range(i * num_blocks, (i + 1) * num_blocks)) for i in (ids if new else ())}
+        plans.append(
+            StepPlan(
+                step_id=index,
+                new=new,
+                new_block_ids=new_block_ids,
+                sequence_ids=ids,
+                starts=[context - 1 + index] * num_seqs,
+                num_tokens=[1] * num_seqs,
+                samples=[True] * num_seqs,
             )
-            for i in ids
-        ]
-        plans.append(StepPlan(step_id=index, dropped=[], new=new, sequences=rows))
-    return [*plans, StepPlan(step_id=num_steps, dropped=list(ids), new=[], sequences=[])]
+        )
+    return [*plans, StepPlan(step_id=num_steps, dropped=ids, sequence_ids=[], starts=[], num_tokens=[], samples=[])]
 
 
 def run_steps(runner: GpuRunner, plans: Sequence[StepPlan]) -> list[float]:

@@ -21,7 +21,7 @@ from llmd.engine.prefix_cache import PrefixCache, extend_block_hashes
 from llmd.engine.sequence import ConnectionId, Sequence
 from llmd.errors import LlmdError
 from llmd.protocol.generation import EngineStatistics, FinishReason, GenerateRequest, TokenEvent
-from llmd.protocol.steps import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult
+from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan, StepResult
 
 _order = attrgetter("order")
 
@@ -121,8 +121,7 @@ class Scheduler:
             new = self._admit(shares)
         if not shares:
             return None
-        sequences = [self._plan_sequence(sequence, num_tokens) for sequence, num_tokens in shares.items()]
-        plan = StepPlan(step_id=next(self._step_ids), dropped=self._dropped, new=new, sequences=sequences)
+        plan = self._plan_rows(shares, new)
         self._dropped = []
         self._in_flight.append(plan)
         return plan
@@ -140,13 +139,16 @@ class Scheduler:
         plan = self._in_flight.popleft()
         if result.step_id != plan.step_id:
             raise ValueError(f"expected the result of step {plan.step_id}, not of step {result.step_id}")
-        self._counters.count_step(sum([step.num_tokens for step in plan.sequences]))
-        results = {sequence_result.sequence_id: sequence_result for sequence_result in result.results}
+        if len(result.token_ids) != sum(plan.samples):
+            raise ValueError(f"step {plan.step_id} drew {len(result.token_ids)} tokens, not {sum(plan.samples)}")
+        self._counters.count_step(sum(plan.num_tokens))
+        token_ids = iter(result.token_ids)
         events: dict[ConnectionId, list[TokenEvent]] = {}
-        for step in plan.sequences:
+        for step in plan.rows():
+            token_id = next(token_ids) if step.samples else None
             # without a sequence of this id it has meanwhile finished, been cancelled or been preempted
             if sequence := self._running.get(step.sequence_id):
-                event = self._commit_sequence(sequence, step, results.get(step.sequence_id))
+                event = self._commit_sequence(sequence, step, token_id, result)
                 if event is not None:
                     events.setdefault(sequence.connection, []).append(event)
         return events
@@ -290,34 +292,48 @@ class Scheduler:
                 self._counters.prefix_cache_hits += num_cached_tokens
         return sequence.to_new_sequence(sequence_id)
 
-    def _plan_sequence(self, sequence: Sequence, num_tokens: int) -> SequenceStep:
-        assert sequence.sequence_id is not None
-        start = sequence.num_planned
-        samples = start + num_tokens == sequence.num_total and sequence.max_output_tokens > 0
-        new_block_ids: tuple[int, ...] = ()
-        if sequence.num_blocks_sent < len(sequence.block_ids):
-            new_block_ids = tuple(sequence.block_ids[sequence.num_blocks_sent :])
-            sequence.num_blocks_sent = len(sequence.block_ids)
-        sequence.num_planned = start + num_tokens
-        sequence.num_samples_in_flight += samples
-        return SequenceStep(sequence.sequence_id, start, num_tokens, new_block_ids, samples)
+    def _plan_rows(self, shares: dict[Sequence, int], new: list[NewSequence]) -> StepPlan:
+        """A step of these shares."""
+        sequence_ids: list[int] = []
+        starts: list[int] = []
+        all_samples: list[bool] = []
+        new_block_ids: dict[int, list[int]] = {}
+        for sequence, num_tokens in shares.items():
+            assert sequence.sequence_id is not None
+            start = sequence.num_planned
+            samples = start + num_tokens == sequence.num_total and sequence.max_output_tokens > 0
+            if sequence.num_blocks_sent < len(sequence.block_ids):
+                new_block_ids[sequence.sequence_id] = sequence.block_ids[sequence.num_blocks_sent :]
+                sequence.num_blocks_sent = len(sequence.block_ids)
+            sequence.num_planned = start + num_tokens
+            sequence.num_samples_in_flight += samples
+            sequence_ids.append(sequence.sequence_id)
+            starts.append(start)
+            all_samples.append(samples)
+        return StepPlan(
+            step_id=next(self._step_ids),
+            dropped=self._dropped,
+            new=new,
+            new_block_ids=new_block_ids,
+            sequence_ids=sequence_ids,
+            starts=starts,
+            num_tokens=list(shares.values()),
+            samples=all_samples,
+        )
 
     def _commit_sequence(
-        self, sequence: Sequence, step: SequenceStep, result: SequenceResult | None
+        self, sequence: Sequence, step: SequenceStep, token_id: int | None, result: StepResult
     ) -> TokenEvent | None:
         """Take in one sequence's part of a step; returns what its client must hear, if anything."""
         end = step.start + step.num_tokens
         sequence.num_computed = end
         if step.start < sequence.num_prompt_tokens:
             self._counters.num_prompt_tokens += min(end, sequence.num_prompt_tokens) - step.start
-        if result is not None and result.prompt_logprobs:
-            sequence.prompt_logprobs += result.prompt_logprobs
+        sequence.prompt_logprobs += result.prompt_logprobs.get(step.sequence_id, ())
         token_ids = []
-        if step.samples:
-            if result is None or result.token_id is None:
-                raise ValueError(f"step {step} drew no token")
-            token_ids.append(result.token_id)
-            sequence.token_ids.append(result.token_id)
+        if token_id is not None:
+            token_ids.append(token_id)
+            sequence.token_ids.append(token_id)
             sequence.num_samples_in_flight -= 1
             self._counters.num_output_tokens += 1
             if sequence.must_be_alone:
@@ -327,7 +343,7 @@ class Scheduler:
         finish = sequence.finish_reason()
         if not token_ids and finish is None:
             return None
-        logprobs = [result.logprobs] if result is not None and result.logprobs is not None else []
+        logprobs = [result.logprobs[step.sequence_id]] if step.sequence_id in result.logprobs else []
         request_id = sequence.request.request_id
         if sequence.has_reported:
             event = TokenEvent(request_id=request_id, token_ids=token_ids, logprobs=logprobs, finish=finish)

@@ -6,6 +6,9 @@ block again while the step that used it last is still in flight, and to plan the
 are known: the rank that runs it knows them by then.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 from msgspec import Struct
 
 from llmd.protocol.generation import SamplingParams, TokenLogprobs
@@ -20,36 +23,44 @@ class NewSequence(Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
 
 
-# Hundreds of these come and go each step: no cycle can go through them, so the garbage collector need not look at them.
-class SequenceStep(Struct, frozen=True, array_like=True, gc=False):
-    """Tokens [start, start + num_tokens) of one sequence run in this step."""
+class SequenceStep(NamedTuple):
+    """Tokens [start, start + num_tokens) of one sequence run in a step."""
 
     sequence_id: int
-    start: int  # tokens whose KV is in the cache by then
-    num_tokens: int  # ≥ 1
-    new_block_ids: tuple[int, ...]  # to append to the sequence's block table before the step
-    samples: bool  # draw the next token from the last one's logits, and append it to the sequence
+    start: int
+    num_tokens: int
+    new_block_ids: Sequence[int]
+    samples: bool
 
 
 class StepPlan(Struct, frozen=True, kw_only=True, tag=True):
+    """What one step must do. Rows stand in columns: a step has hundreds, and no time for an object each."""
+
     step_id: int
-    dropped: list[int]  # sequence ids to forget, before `new` is taken in
-    new: list[NewSequence]
-    sequences: list[SequenceStep]
+    dropped: list[int] = []  # sequence ids to forget, before `new` is taken in
+    new: list[NewSequence] = []
+    new_block_ids: dict[int, list[int]] = {}  # sequence id → to append to its block table before the step, if any
+    # one entry a row; no sequence has two
+    sequence_ids: list[int]
+    starts: list[int]  # tokens whose KV is in the cache by then
+    num_tokens: list[int]  # ≥ 1
+    samples: list[bool]  # draw the next token from the last one's logits, and append it to the sequence
 
-
-class SequenceResult(Struct, frozen=True, array_like=True, gc=False):
-    """What a step made of one sequence that samples or wants prompt logprobs."""
-
-    sequence_id: int
-    token_id: int | None  # the drawn token, if the step samples
-    logprobs: TokenLogprobs | None = None  # of the drawn token, if asked
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of the prompt tokens that follow the tokens run, if asked
+    def rows(self) -> Iterator[SequenceStep]:
+        """The rows one by one, for those who have the time."""
+        new_block_ids = [self.new_block_ids.get(sequence_id, ()) for sequence_id in self.sequence_ids]
+        columns = self.sequence_ids, self.starts, self.num_tokens, new_block_ids, self.samples
+        return map(SequenceStep._make, zip(*columns, strict=True))
 
 
 class StepResult(Struct, frozen=True, kw_only=True, tag=True):
+    """What a step made of its rows."""
+
     step_id: int
-    results: list[SequenceResult]
+    token_ids: list[int]  # the drawn tokens: one a row that samples, in the plan's order
+    # by sequence id, of those who asked
+    logprobs: dict[int, TokenLogprobs] = {}  # of the drawn token
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # of the prompt tokens that follow the tokens run
 
 
 class RankReady(Struct, frozen=True, kw_only=True, tag=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmd.protocol.generation import TokenLogprobs
-from llmd.protocol.steps import SequenceResult, StepResult
+from llmd.protocol.steps import StepResult
 from llmd.worker.places import StepRows
 from llmd.worker.stream import Stream
 from llmd_kernels import DeviceLogprobs
@@ -61,15 +61,12 @@ class LaunchedStep:
     def result(self) -> StepResult:
         """Wait for the copy; read each row's part."""
         numbers = self._arriving.wait().tolist()
-        rows = self._rows
-        drawing = rows.drawing.tolist()
         if not self._logprobs:
-            results = [
-                SequenceResult(rows.sequence_ids[row], token_id) for row, token_id in zip(drawing, numbers, strict=True)
-            ]
-            return StepResult(step_id=self._step_id, results=results)
-        drawn = {row: int(numbers[index]) for index, row in enumerate(drawing)}
-        first = len(drawn)
+            return StepResult(step_id=self._step_id, token_ids=numbers)
+        rows = self._rows
+        first = len(rows.drawing)
+        token_ids = [int(number) for number in numbers[:first]]
+        # by sequence id
         of_drawn: dict[int, TokenLogprobs] = {}
         of_prompt: dict[int, list[TokenLogprobs]] = {}
         for table in self._logprobs:
@@ -77,16 +74,13 @@ class LaunchedStep:
             for owner in table.owners:
                 entry = numbers[first : first + width]
                 first += width
+                sequence_id = rows.sequence_ids[owner]
                 if table.of_prompt:
-                    entries = of_prompt.setdefault(owner, [])
+                    entries = of_prompt.setdefault(sequence_id, [])
                     entries.append(_on_the_wire(entry, table.num_top, rows.prompts[owner].num_top))
                 elif rows.num_logprobs[owner] >= 0:
-                    of_drawn[owner] = _on_the_wire(entry, table.num_top, int(rows.num_logprobs[owner]))
-        results = [
-            SequenceResult(rows.sequence_ids[row], drawn.get(row), of_drawn.get(row), tuple(of_prompt.get(row, ())))
-            for row in sorted({*drawn, *of_prompt})
-        ]
-        return StepResult(step_id=self._step_id, results=results)
+                    of_drawn[sequence_id] = _on_the_wire(entry, table.num_top, int(rows.num_logprobs[owner]))
+        return StepResult(step_id=self._step_id, token_ids=token_ids, logprobs=of_drawn, prompt_logprobs=of_prompt)
 
 
 def _on_the_wire(entry: list[float], num_top: int, num_wanted: int) -> TokenLogprobs:

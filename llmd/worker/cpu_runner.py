@@ -8,7 +8,7 @@ from torch import Tensor
 from llmd.model.inputs import ModelInputs
 from llmd.model.kv_cache import KvCache
 from llmd.protocol.generation import TokenLogprobs
-from llmd.protocol.steps import SequenceResult, StepPlan, StepResult
+from llmd.protocol.steps import StepPlan, StepResult
 from llmd.worker.batch import Batch, PromptLogits, Row, build_batch
 from llmd.worker.runner import DoneStep
 from llmd.worker.sequences import Sequences
@@ -38,32 +38,29 @@ class CpuRunner:
         """Run one plan and append what it draws to this rank's copies."""
         rows = self._sequences.take_in(plan)
         if not rows:
-            return DoneStep(StepResult(step_id=plan.step_id, results=[]))
+            return DoneStep(StepResult(step_id=plan.step_id, token_ids=[]))
         batch = build_batch(rows, block_size=self._block_size, device=self._device)
         logits = self._model.forward(batch.inputs, self._kv)
-        return DoneStep(StepResult(step_id=plan.step_id, results=_results(rows, batch, logits)))
+        prompt_logprobs = {
+            rows[wanted.row][0].sequence_id: _prompt_logprobs(rows[wanted.row], wanted, logits)
+            for wanted in batch.prompt_logits
+        }
+        token_ids, logprobs = _draw(rows, batch, logits)
+        return DoneStep(
+            StepResult(step_id=plan.step_id, token_ids=token_ids, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        )
 
     def prepare(self) -> bool:
         """There is nothing."""
         return False
 
 
-def _results(rows: list[Row], batch: Batch, logits: Tensor) -> list[SequenceResult]:
-    prompt_logprobs = {wanted.row: _prompt_logprobs(rows[wanted.row], wanted, logits) for wanted in batch.prompt_logits}
-    drawn = _draw(rows, batch, logits)
-    results = []
-    for row in sorted({*prompt_logprobs, *drawn}):
-        step, _ = rows[row]
-        token_id, logprobs = drawn.get(row, (None, None))
-        results.append(SequenceResult(step.sequence_id, token_id, logprobs, tuple(prompt_logprobs.get(row, ()))))
-    return results
-
-
-def _draw(rows: list[Row], batch: Batch, logits: Tensor) -> dict[int, tuple[int, TokenLogprobs | None]]:
-    """Row → the drawn token, which is appended to its sequence, and its logprobs if asked."""
+def _draw(rows: list[Row], batch: Batch, logits: Tensor) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    """The drawn tokens, which are appended to their sequences, and by sequence id the logprobs that were asked for."""
     if not batch.sampled_rows:
-        return {}
-    copies = [rows[row][1] for row in batch.sampled_rows]
+        return [], {}
+    drawing = [rows[row] for row in batch.sampled_rows]
+    copies = [copy for _, copy in drawing]
     sampled = sample(
         logits[batch.sampled_logits],
         SamplingBatch(
@@ -72,12 +69,11 @@ def _draw(rows: list[Row], batch: Batch, logits: Tensor) -> dict[int, tuple[int,
             num_prompt_tokens=[copy.num_prompt_tokens for copy in copies],
         ),
     )
-    drawn: dict[int, tuple[int, TokenLogprobs | None]] = {}
     token_ids: list[int] = sampled.token_ids.tolist()
-    for row, copy, token_id, logprobs in zip(batch.sampled_rows, copies, token_ids, sampled.logprobs, strict=True):
+    for copy, token_id in zip(copies, token_ids, strict=True):
         copy.token_ids.append(token_id)
-        drawn[row] = token_id, _on_the_wire(logprobs) if logprobs else None
-    return drawn
+    of_rows = zip(drawing, sampled.logprobs, strict=True)
+    return token_ids, {step.sequence_id: _on_the_wire(logprobs) for (step, _), logprobs in of_rows if logprobs}
 
 
 def _prompt_logprobs(row: Row, wanted: PromptLogits, logits: Tensor) -> list[TokenLogprobs]:

@@ -129,7 +129,7 @@ class GpuRunner:
         """Put one step into the device's queue."""
         rows, new_entries = self._places.take_in(plan)
         if not rows:
-            return DoneStep(StepResult(step_id=plan.step_id, results=[]))
+            return DoneStep(StepResult(step_id=plan.step_id, token_ids=[]))
         if self.has_graphs and (size := self._bucket_size(rows)) is not None:
             packed = self._pack(rows, new_entries, max_rows=size)
             if len(packed.numbers) <= _CAPTURED_NUMBERS:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
+from llmd.protocol.steps import NewSequence, StepPlan
 from llmd.worker.sequences import row_sampling
 from llmd_kernels import BLOCK_TABLES, GIVEN_FIELDS, TOKEN_IDS, NewEntries, SamplingRecords
 
@@ -95,24 +95,22 @@ class Places:
             self._prompts.pop(place, None)
             self._free.append(place)
         new_entries = [NewEntries(TOKEN_IDS, self._place(new), 0, new.token_ids) for new in plan.new]
-        steps = plan.sequences
-        sequence_ids = [step.sequence_id for step in steps]
-        on_rows = [self._by_id[sequence_id] for sequence_id in sequence_ids]
-        for step, place in zip(steps, on_rows, strict=True):
-            if step.new_block_ids:
-                new_entries.append(NewEntries(BLOCK_TABLES, place, self._num_blocks[place], step.new_block_ids))
-                self._num_blocks[place] += len(step.new_block_ids)
-        prompts = self._wanted_prompts(steps, on_rows) if self._prompts else {}
+        for sequence_id, block_ids in plan.new_block_ids.items():
+            place = self._by_id[sequence_id]
+            new_entries.append(NewEntries(BLOCK_TABLES, place, self._num_blocks[place], block_ids))
+            self._num_blocks[place] += len(block_ids)
+        on_rows = [self._by_id[sequence_id] for sequence_id in plan.sequence_ids]
+        prompts = self._wanted_prompts(plan, on_rows) if self._prompts else {}
         places = np.array(on_rows, np.int32)
-        given = np.zeros((len(GIVEN_FIELDS), len(steps)), np.int32)
+        given = np.zeros((len(GIVEN_FIELDS), len(on_rows)), np.int32)
         given[0] = places
-        given[1] = np.array([step.start for step in steps], np.int32)
-        given[2] = np.array([step.num_tokens for step in steps], np.int32)
+        given[1] = np.array(plan.starts, np.int32)
+        given[2] = np.array(plan.num_tokens, np.int32)
         for row, wanted in prompts.items():
             given[3, row] = len(wanted.token_ids)
-        given[4] = np.array([step.samples for step in steps], np.bool_)
+        given[4] = np.array(plan.samples, np.bool_)
         rows = StepRows(
-            sequence_ids=sequence_ids,
+            sequence_ids=plan.sequence_ids,
             given=given,
             places=places,
             starts=given[1],
@@ -135,10 +133,10 @@ class Places:
             self._prompts[place] = WantedPrompt(prompt, sampling.num_prompt_logprobs)
         return place
 
-    def _wanted_prompts(self, steps: list[SequenceStep], places: list[int]) -> dict[int, WantedPrompt]:
+    def _wanted_prompts(self, plan: StepPlan, places: list[int]) -> dict[int, WantedPrompt]:
         found = {
-            row: self._prompts[place].following(step.start, step.num_tokens)
-            for row, (step, place) in enumerate(zip(steps, places, strict=True))
+            row: self._prompts[place].following(plan.starts[row], plan.num_tokens[row])
+            for row, place in enumerate(places)
             if place in self._prompts
         }
         return {row: wanted for row, wanted in found.items() if wanted.token_ids}

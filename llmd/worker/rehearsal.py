@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from llmd.protocol.generation import SamplingParams
-from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
+from llmd.protocol.steps import NewSequence, StepPlan
 from llmd.worker.gpu_runner import TOKEN_MULTIPLE, GpuRunner
 from llmd.worker.stream import Download
 
@@ -104,7 +104,8 @@ class _Plans:
                 NewSequence(sequence_id=id_, token_ids=[0] * length, num_prompt_tokens=length, sampling=sampling)
                 for id_, length in zip(self._live, lens, strict=True)
             ],
-            sequences=[
-                SequenceStep(id_, 0, length, (), samples=True) for id_, length in zip(self._live, lens, strict=True)
-            ],
+            sequence_ids=self._live,
+            starts=[0] * len(lens),
+            num_tokens=lens,
+            samples=[True] * len(lens),
         )

@@ -33,10 +33,9 @@ class Sequences:
             del self._by_id[sequence_id]
         for new in plan.new:
             self._by_id[new.sequence_id] = _copy(new)
-        rows = [(step, self._by_id[step.sequence_id]) for step in plan.sequences]
-        for step, copy in rows:
-            copy.block_ids += step.new_block_ids
-        return rows
+        for sequence_id, block_ids in plan.new_block_ids.items():
+            self._by_id[sequence_id].block_ids += block_ids
+        return [(row, self._by_id[row.sequence_id]) for row in plan.rows()]
 
 
 def _copy(new: NewSequence) -> SequenceCopy:

@@ -90,7 +90,7 @@ class Drive:
             assert self.in_flight or not self.open, f"stuck: {len(self.open)} open requests and nothing to run"
             return None
         assert len(self.in_flight) < self.limits.max_steps_in_flight
-        assert 0 < sum(step.num_tokens for step in plan.sequences) <= self.limits.max_num_batched_tokens
+        assert 0 < sum(plan.num_tokens) <= self.limits.max_num_batched_tokens
         self._check_started(plan)
         self._check_alone(plan)
         self.in_flight.append((plan, self.rank.execute(plan)))
@@ -166,7 +166,7 @@ class Drive:
         if not alone:
             return
         now, *in_flight = [
-            {self.keys[step.sequence_id] for step in each.sequences}
+            {self.keys[sequence_id] for sequence_id in each.sequence_ids}
             for each in (plan, *(earlier for earlier, _ in self.in_flight))
         ]
         assert len(now) == 1

@@ -96,7 +96,7 @@ def leave(drive: Drive, key: Key) -> None:
     # the rank refuses a plan that runs a sequence which it was told to forget
     plan = drive.plan()
     if plan is not None:
-        assert len(plan.sequences) <= drive.statistics.num_running
+        assert len(plan.sequence_ids) <= drive.statistics.num_running
 
 
 @pytest.mark.parametrize("num_requests", [1, 3])

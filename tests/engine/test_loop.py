@@ -266,7 +266,7 @@ def test_what_came_in_together_runs_together_and_steps_are_planned_ahead() -> No
             await trio.testing.wait_all_tasks_blocked()
             plans += decoder.feed(await engine.ranks[0].receive_some())
             assert [plan.step_id for plan in plans] == [0, 1], "two steps in flight before any result"
-            assert [len(plan.sequences) for plan in plans] == [5, 5]
+            assert [len(plan.sequence_ids) for plan in plans] == [5, 5]
 
     run(test)
 
@@ -487,7 +487,7 @@ def test_a_result_of_another_step_is_refused() -> None:
         async with running_engine() as engine:
             await engine.connect().send(generate(1, [1], 5))
             await engine.ranks[0].receive_some()
-            await engine.ranks[0].send_all(encode_frame(StepResult(step_id=5, results=[])))
+            await engine.ranks[0].send_all(encode_frame(StepResult(step_id=5, token_ids=[])))
             await trio.sleep_forever()
 
     with pytest.raises(BaseExceptionGroup) as caught:

@@ -6,7 +6,7 @@ from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.scheduler import RequestAlreadyOpen
 from llmd.engine.sequence import ConnectionId
 from llmd.protocol.generation import FinishReason, GenerateRequest, SamplingParams
-from llmd.protocol.steps import SequenceStep, StepPlan, StepResult
+from llmd.protocol.steps import StepPlan, StepResult
 from tests.engine.drive import Drive, Key
 
 HERE = ConnectionId(0)
@@ -40,7 +40,7 @@ def different(num_tokens: int, seed: int) -> list[int]:
 def rows(plan: StepPlan | None) -> list[tuple[int, int, int, bool]]:
     """(sequence id, start, tokens, samples) of each row."""
     assert plan is not None
-    return [(step.sequence_id, step.start, step.num_tokens, step.samples) for step in plan.sequences]
+    return list(zip(plan.sequence_ids, plan.starts, plan.num_tokens, plan.samples, strict=True))
 
 
 def planned(drive: Drive) -> list[tuple[int, int, int, bool]]:
@@ -78,7 +78,7 @@ def test_blocks_for_the_whole_prompt_come_first_and_then_one_by_one() -> None:
         plans.append(plan)
         d.commit()
     # positions 0 … 9 are run: 6 of the prompt and 4 of the output, in three blocks of four
-    assert [plan.sequences[0].new_block_ids for plan in plans] == [(0, 1), (), (), (2,), ()]
+    assert [plan.new_block_ids for plan in plans] == [{0: [0, 1]}, {}, {}, {0: [2]}, {}]
 
 
 def test_steps_are_planned_before_the_tokens_are_known() -> None:
@@ -173,8 +173,8 @@ def test_a_rank_that_draws_nothing_is_a_bug() -> None:
     d = drive()
     d.add(request([1]))
     d.scheduler.plan()
-    with pytest.raises(ValueError, match="drew no token"):
-        d.scheduler.commit(StepResult(step_id=0, results=[]))
+    with pytest.raises(ValueError, match="drew 0 tokens, not 1"):
+        d.scheduler.commit(StepResult(step_id=0, token_ids=[]))
 
 
 def test_running_sequences_come_first_and_prompts_fill_the_rest() -> None:
@@ -237,7 +237,7 @@ def test_the_newest_gives_way_when_blocks_run_out_and_comes_back_whole() -> None
     assert old not in d.open
     assert plan is not None
     assert [(n.sequence_id, len(n.token_ids), n.num_prompt_tokens) for n in plan.new] == [(2, 9, 7)]
-    assert plan.sequences == [SequenceStep(2, 0, 9, plan.sequences[0].new_block_ids, True)]
+    assert rows(plan) == [(2, 0, 9, True)]
     d.finish()
 
 

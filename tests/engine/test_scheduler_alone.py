@@ -25,7 +25,7 @@ def request(num_prompt_tokens: int, seed: int, *, alone: bool = False, max_token
 def rows(plan: StepPlan | None) -> list[tuple[int, int, int]]:
     """(sequence id, start, tokens) of each row."""
     assert plan is not None
-    return [(step.sequence_id, step.start, step.num_tokens) for step in plan.sequences]
+    return list(zip(plan.sequence_ids, plan.starts, plan.num_tokens, strict=True))
 
 
 def test_it_waits_for_the_steps_in_flight_and_then_has_the_engine_for_itself() -> None:
@@ -69,7 +69,7 @@ def test_they_come_before_all_others_and_one_by_one() -> None:
     for _ in range(3):
         plan = d.plan()
         assert plan is not None
-        order.append([step.num_tokens for step in plan.sequences])
+        order.append(plan.num_tokens)
         d.commit()
     assert order[:2] == [[5], [6]]
     assert sorted(order[2]) == [1, 2, 3], "the first of them had to give way, and keeps the full block that it had"

@@ -26,7 +26,7 @@ class Step:
         self.plan = plan
 
     def finish(self) -> None:
-        self.outcome.set_result(StepResult(step_id=self.plan.step_id, results=[]))
+        self.outcome.set_result(StepResult(step_id=self.plan.step_id, token_ids=[]))
 
     def result(self) -> StepResult:
         return self.outcome.result(TIMEOUT)
@@ -64,7 +64,9 @@ class Engine:
 
     def send(self, *step_ids: int) -> None:
         for step_id in step_ids:
-            self.connection.sendall(encode_frame(StepPlan(step_id=step_id, dropped=[], new=[], sequences=[])))
+            self.connection.sendall(
+                encode_frame(StepPlan(step_id=step_id, sequence_ids=[], starts=[], num_tokens=[], samples=[]))
+            )
 
     def receive(self) -> WorkerToEngine:
         while not self._received:
@@ -101,8 +103,8 @@ def test_the_next_plan_is_launched_before_the_result_of_the_last_is_there(rank: 
     second.finish()
     first.finish()
     # answered in the order of the plans, whichever was done first
-    assert rank.engine.receive() == StepResult(step_id=0, results=[])
-    assert rank.engine.receive() == StepResult(step_id=1, results=[])
+    assert rank.engine.receive() == StepResult(step_id=0, token_ids=[])
+    assert rank.engine.receive() == StepResult(step_id=1, token_ids=[])
 
 
 def test_no_more_than_two_are_in_flight(rank: Rank) -> None:
@@ -113,10 +115,10 @@ def test_no_more_than_two_are_in_flight(rank: Rank) -> None:
     rank.runner.on_launch = lambda: assert_true(answered.is_set())
     answered.set()
     first.finish()
-    assert rank.engine.receive() == StepResult(step_id=0, results=[])
+    assert rank.engine.receive() == StepResult(step_id=0, token_ids=[])
     for step in (second, next_step(rank)):
         step.finish()
-        assert rank.engine.receive() == StepResult(step_id=step.plan.step_id, results=[])
+        assert rank.engine.receive() == StepResult(step_id=step.plan.step_id, token_ids=[])
 
 
 def assert_true(value: bool) -> None:
@@ -167,6 +169,6 @@ def test_what_a_launch_raises_ends_the_loop_after_the_answers_before_it(rank: Ra
     rank.runner.on_launch = fail
     rank.engine.send(1)
     first.finish()
-    assert rank.engine.receive() == StepResult(step_id=0, results=[])
+    assert rank.engine.receive() == StepResult(step_id=0, token_ids=[])
     with pytest.raises(RuntimeError, match="out of memory"):
         rank.end.result(TIMEOUT)
