@@ -7,12 +7,23 @@ from torch import Tensor
 
 from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.paged_attention import torch_ops
-from llmd_kernels.paged_attention.batch import AttentionBatch, HostLens
+from llmd_kernels.paged_attention.batch import AttentionBatch
 from llmd_kernels.paged_attention.device_work import AttentionWork, allocate_lists
-from llmd_kernels.paged_attention.tiles import BLOCK_SIZES, find_config
-from llmd_kernels.paged_attention.workspace import LayerKind, Scratch
+from llmd_kernels.paged_attention.host_work import HostLens, PackedWork, pack_lists
+from llmd_kernels.paged_attention.tiles import BLOCK_SIZES, TileConfig, find_config
+from llmd_kernels.paged_attention.workspace import LayerKind, Scratch, WorkLists, cut_for
 
-__all__ = ["AttentionBatch", "AttentionWork", "HostLens", "LayerKind", "allocate_work", "paged_attention"]
+__all__ = [
+    "AttentionBatch",
+    "AttentionWork",
+    "HostLens",
+    "LayerKind",
+    "PackedWork",
+    "WorkLists",
+    "allocate_work",
+    "pack_work",
+    "paged_attention",
+]
 
 
 def paged_attention(
@@ -87,6 +98,51 @@ def allocate_work(
     None where `paged_attention` would not use Triton for one of the kinds: it then waits for the device in every layer
     and cannot be captured. ValueError where the scratch is too small.
     """
+    tiling = _tiling(kinds, block_size=block_size, q_dtype=q_dtype, cache_dtype=cache_dtype, device=device)
+    if tiling is None:
+        return None
+    configs, num_processors = tiling
+    return allocate_lists(
+        configs,
+        max_seqs=max_seqs,
+        max_tokens=max_tokens,
+        max_len=max_len,
+        num_processors=num_processors,
+        device=device,
+        scratch=scratch,
+    )
+
+
+def pack_work(
+    kinds: Sequence[LayerKind],
+    lens: HostLens,
+    *,
+    block_size: int,
+    q_dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> PackedWork | None:
+    """Plan the work lists of a step on the host, in one row of integers: it can be sent with the rest of the step.
+
+    `on_device` of the result makes an AttentionBatch's `work_lists` of the copy. kinds: those of the model's layers.
+    None where `paged_attention` would not use Triton for one of the kinds, as `allocate_work`.
+    """
+    tiling = _tiling(kinds, block_size=block_size, q_dtype=q_dtype, cache_dtype=cache_dtype, device=device)
+    if tiling is None:
+        return None
+    configs, num_processors = tiling
+    return pack_lists({kind: cut_for(kind, config, num_processors) for kind, config in configs.items()}, lens)
+
+
+def _tiling(
+    kinds: Sequence[LayerKind],
+    *,
+    block_size: int,
+    q_dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[dict[LayerKind, TileConfig], int] | None:
+    """How these kinds are tiled, and the device's number of processors; None if `paged_attention` uses no Triton."""
     if not kinds or block_size not in BLOCK_SIZES or not uses_triton(torch.empty(0, dtype=q_dtype, device=device)):
         return None
     from llmd_kernels.paged_attention import triton_ops
@@ -98,12 +154,4 @@ def allocate_work(
         if config is None:
             return None
         configs[kind] = config
-    return allocate_lists(
-        configs,
-        max_seqs=max_seqs,
-        max_tokens=max_tokens,
-        max_len=max_len,
-        num_processors=processors.number,
-        device=device,
-        scratch=scratch,
-    )
+    return configs, processors.number

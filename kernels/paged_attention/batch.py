@@ -4,23 +4,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from llmd_kernels.paged_attention.device_work import AttentionWork
 from llmd_kernels.paged_attention.work import Cut, TileGroup, plan_work
+from llmd_kernels.paged_attention.workspace import WorkLists
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class HostLens:
-    """What the tensors of an AttentionBatch say, where the host knows it: nothing is read back from the device."""
-
-    query_starts: npt.NDArray[np.int64]  # [num_seqs + 1]
-    kv_lens: npt.NDArray[np.int64]  # [num_seqs]
-    places: npt.NDArray[np.int64] | None = None  # [num_seqs]; None where the batch has none
 
 
 @dataclass(frozen=True)
@@ -33,8 +22,9 @@ class AttentionBatch:
 
     With `places`, the tables are those of all live sequences, and sequence s has the row places[s].
 
-    A GPU needs a work list for each kind of layer. It is in `work_lists` (planned on the device, see device_work.py),
-    or the host makes it at the first layer that asks: from `on_host`, or it waits for the tensors.
+    A GPU needs a work list for each kind of layer. It is in `work_lists`: planned by the device (device_work.py), or by
+    a host that knows the lengths (host_work.py). Without them the host reads the tensors, and so waits for the device,
+    at the first layer of each kind.
     """
 
     query_starts: Tensor  # [num_seqs + 1] int64, first 0, never falling
@@ -42,9 +32,8 @@ class AttentionBatch:
     block_tables: Tensor  # [num_seqs, or num_places; max_blocks] int64 or int32
     block_size: int  # tokens of a block: a power of two
     places: Tensor | None = None  # [num_seqs] int64
-    on_host: HostLens | None = None
     is_static: bool = False  # the tensors are written anew for every step: nothing that is made from them is kept
-    work_lists: AttentionWork | None = None
+    work_lists: WorkLists | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

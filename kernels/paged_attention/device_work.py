@@ -19,7 +19,14 @@ from llmd_kernels.paged_attention.items import (
     max_tiles,
 )
 from llmd_kernels.paged_attention.tiles import TileConfig, padded_dim
-from llmd_kernels.paged_attention.workspace import LayerKind, Scratch, Workspace, allocate_scratch, cut_for
+from llmd_kernels.paged_attention.workspace import (
+    LayerKind,
+    Scratch,
+    Workspace,
+    allocate_scratch,
+    cut_for,
+    no_list_for,
+)
 
 # What planning keeps of each tile: as in an item, except for the last two.
 TILE_FIELDS = (
@@ -49,7 +56,7 @@ class DeviceList:
 
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
-    """The work lists of a bucket, one a kind of layer."""
+    """The work lists of a bucket, one a kind of layer: WorkLists that the device plans."""
 
     lists: Mapping[LayerKind, DeviceList]
     scratch: Scratch
@@ -63,10 +70,9 @@ class AttentionWork:
             plan_on_device(planned, query_starts, kv_lens, places)
 
     def workspace(self, kind: LayerKind, cut: ItemCut) -> Workspace:
-        """ValueError for what nothing was allocated for."""
         planned = self.lists.get(kind)
         if planned is None or planned.cut != cut:
-            raise ValueError(f"no work list for {kind}, cut as {cut}: allocate_work had {list(self.lists)}")
+            raise no_list_for(kind, cut, self.lists)
         return planned.workspace
 
 

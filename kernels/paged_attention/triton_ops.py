@@ -11,11 +11,12 @@ import triton
 from torch import Tensor
 
 from llmd_kernels.dispatch import gpu_of
-from llmd_kernels.paged_attention.batch import AttentionBatch, HostLens
-from llmd_kernels.paged_attention.items import ItemCut, ItemList, plan_items
+from llmd_kernels.paged_attention.batch import AttentionBatch
+from llmd_kernels.paged_attention.host_work import HostLens, pack_lists
+from llmd_kernels.paged_attention.items import ItemCut
 from llmd_kernels.paged_attention.tiles import BLOCK_SIZES, TileConfig, padded_dim
 from llmd_kernels.paged_attention.triton_kernel import attend
-from llmd_kernels.paged_attention.workspace import LayerKind, Workspace, cut_for, workspace_from
+from llmd_kernels.paged_attention.workspace import LayerKind, Workspace, cut_for
 
 # Numbers of a padding row that are set to zero at a time.
 ZEROS = 1024
@@ -129,18 +130,18 @@ def _strides_in_rows(k_cache: Tensor, v_cache: Tensor) -> tuple[int, int, int]:
 
 
 def _workspace(batch: AttentionBatch, kind: LayerKind, cut: ItemCut) -> Workspace:
-    """The step's work list for layers of this kind. ValueError where a batch that stays has none from the device."""
+    """The step's work list for layers of this kind. ValueError where a batch that stays has none."""
     if batch.work_lists is not None:
         return batch.work_lists.workspace(kind, cut)
     if batch.is_static:
         raise ValueError("a batch whose tensors are written anew for every step needs work_lists")
-    return batch.once((kind, cut), lambda: workspace_from(_planned(batch, cut), kind, batch.block_tables.device))
+    return batch.once((kind, cut), lambda: _read_and_plan(batch, kind, cut))
 
 
-def _planned(batch: AttentionBatch, cut: ItemCut) -> ItemList:
-    """Made on the host; waits for the device where the host does not know the lengths."""
-    lens = batch.on_host
-    if lens is None:
-        places = None if batch.places is None else batch.places.cpu().numpy()
-        lens = HostLens(batch.query_starts.cpu().numpy(), batch.kv_lens.cpu().numpy(), places)
-    return plan_items(lens.query_starts, lens.kv_lens, cut, lens.places)
+def _read_and_plan(batch: AttentionBatch, kind: LayerKind, cut: ItemCut) -> Workspace:
+    """Waits for the device: the host does not know the lengths."""
+    places = None if batch.places is None else batch.places.cpu().numpy()
+    lens = HostLens(batch.query_starts.cpu().numpy(), batch.kv_lens.cpu().numpy(), places)
+    packed = pack_lists({kind: cut}, lens)
+    on_device = torch.from_numpy(packed.numbers).to(batch.block_tables.device)
+    return packed.on_device(on_device).workspace(kind, cut)

@@ -1,13 +1,13 @@
 """A work list on the device, with room for what its programs hand to each other. Launches nothing."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llmd_kernels.paged_attention.items import FIELDS, ItemCut, ItemList
+from llmd_kernels.paged_attention.items import ItemCut
 from llmd_kernels.paged_attention.tiles import TileConfig, padded_dim
 
 # Bytes of partial results of one step, at most; tiles for which there is no room are attended by one program each.
@@ -43,6 +43,17 @@ class Workspace:
     scratch: Scratch
 
 
+class WorkLists(Protocol):
+    """The work lists of a step, one a kind of layer, whoever has planned them."""
+
+    def workspace(self, kind: LayerKind, cut: ItemCut) -> Workspace:
+        """ValueError for a kind, or a cut, for which there is no list."""
+
+
+def no_list_for(kind: LayerKind, cut: ItemCut, kinds: Iterable[LayerKind]) -> ValueError:
+    return ValueError(f"no work list for {kind}, cut as {cut}: there are lists for {list(kinds)}")
+
+
 def cut_for(kind: LayerKind, config: TileConfig, num_processors: int) -> ItemCut:
     """How steps are cut for these layers, on a device with so many processors (SMs, CUs)."""
     group = kind.num_heads // kind.num_kv_heads
@@ -65,27 +76,3 @@ def allocate_scratch(num_values: int, num_sums: int, num_counters: int, device: 
         partial_sums=torch.empty(max(1, num_sums), dtype=torch.float32, device=device),
         counters=torch.zeros(max(1, num_counters), dtype=torch.int32, device=device),
     )
-
-
-def workspace_from(work: ItemList, kind: LayerKind, device: torch.device) -> Workspace:
-    """For a list that the host has made: one copy, without waiting for the device."""
-    num_items = len(work.items)
-    # The list begins at a multiple of 16 bytes, as one from the device does: the same compiled kernel takes both.
-    plan = np.concatenate([np.array([num_items, work.num_rows, 0, 0], dtype=np.int32), work.items.reshape(-1)])
-    on_device = to_device(plan, device)
-    partial_rows = work.num_partial_rows * kind.num_kv_heads
-    return Workspace(
-        # At least one program: a step may be padding only.
-        num_programs=max(1, num_items * kind.num_kv_heads),
-        header=on_device[:2],
-        items=on_device[4:].view(-1, len(FIELDS)),
-        scratch=allocate_scratch(
-            partial_rows * padded_dim(kind.head_dim), partial_rows * 2, work.num_counters * kind.num_kv_heads, device
-        ),
-    )
-
-
-def to_device(numbers: npt.NDArray[np.int32], device: torch.device) -> Tensor:
-    """Copy without waiting: only from pinned memory does a GPU fetch by itself."""
-    on_host = torch.from_numpy(numbers)
-    return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)

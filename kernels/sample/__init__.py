@@ -5,7 +5,13 @@ from torch import Tensor
 from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.sample import torch_device, torch_ops
 from llmd_kernels.sample.batch import RowSampling, SampledTokens, SamplingBatch
-from llmd_kernels.sample.device import DeviceSampling, PackedSampling, pack_sampling
+from llmd_kernels.sample.device import (
+    DeviceSampling,
+    PackedSampling,
+    pack_sampling,
+    packed_sampling_size,
+    plain_sampling,
+)
 from llmd_kernels.sample.records import SamplingRecords
 
 __all__ = [
@@ -16,6 +22,8 @@ __all__ = [
     "SamplingBatch",
     "SamplingRecords",
     "pack_sampling",
+    "packed_sampling_size",
+    "plain_sampling",
     "sample",
     "sample_on_device",
 ]

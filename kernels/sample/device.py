@@ -1,9 +1,11 @@
-"""How rows are to be drawn, as tensors on a device: packed by the host into one buffer of words, one copy a step.
+"""How rows are to be drawn, as tensors on a device: packed by the host into words that are sent with a step.
 
 Knows no kernel. The host need not know which tokens were drawn: only how many each sequence has.
 """
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmd_kernels.sample.batch import RowSampling
-from llmd_kernels.sample.records import ADJUSTS, FILTERS, SEQUENCE_FIELDS, SamplingRecords, Words, record_of
+from llmd_kernels.sample.records import ADJUSTS, FILTERS, SEQUENCE_FIELDS, Biases, SamplingRecords, Words, record_of
 
 # Words of a row that change at each step.
 STEP_FIELDS = ("position", "bitmask_row", "flags")
@@ -20,7 +22,7 @@ NUM_ROW_WORDS = 2 + len(SEQUENCE_FIELDS) + len(STEP_FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class DeviceSampling:
-    """R rows; made by `PackedSampling.on_device`.
+    """R rows; made by `plain_sampling` and `PackedSampling.on_device`.
 
     A draw's noise depends on seed, choice, position and token id. `filters` and `adjusts` spare launches: False says
     that no row has that flag.
@@ -54,24 +56,21 @@ class DeviceSampling:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts of a buffer begin, in words; the seeds do at 0.
+    """Where the columns of `max_rows` rows begin in a buffer, in words: the seeds do at 0, these follow.
 
-    Each column begins at a multiple of 16 bytes, whatever the number of rows: Triton compiles anew for other addresses.
+    Each begins at a multiple of 16 bytes, whatever the number of rows: Triton compiles anew for other addresses.
     """
 
     numbers: int
     bias_starts: int
-    bias_ids: int
-    biases: int
     num_words: int
 
     @staticmethod
-    def of(num_rows: int, num_biases: int) -> "Layout":
-        column = _aligned(num_rows)
+    @functools.cache
+    def of(max_rows: int) -> "Layout":
+        column = _aligned(max_rows)
         bias_starts = NUM_ROW_WORDS * column
-        bias_ids = bias_starts + _aligned(num_rows + 1)
-        biases = bias_ids + _aligned(num_biases)
-        return Layout(2 * column, bias_starts, bias_ids, biases, biases + num_biases)
+        return Layout(2 * column, bias_starts, bias_starts + _aligned(max_rows + 1))
 
 
 def _aligned(num_words: int) -> int:
@@ -80,43 +79,74 @@ def _aligned(num_words: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PackedSampling:
-    """The rows of one step in one buffer on the host."""
+    """The rows of one step on the host."""
 
-    words: Words
-    num_rows: int
+    words: Words  # columns of max_rows rows, as in Layout
+    bias_words: Words  # token ids, then what is added to their logits; each to a multiple of 16 bytes
+    num_rows: int  # in use; the others are greedy and ask for nothing
+    max_rows: int
     num_biases: int
     filters: bool
     adjusts: bool
 
-    def on_device(self, words: Tensor, *, history: Tensor, bitmask: Tensor | None = None) -> DeviceSampling:
-        """words: int32, a copy of the buffer on the device (its start must be a multiple of 8 bytes). No copies."""
-        num_rows, num_biases = self.num_rows, self.num_biases
-        layout = Layout.of(num_rows, num_biases)
-        numbers = words[layout.numbers : layout.bias_starts].view(NUM_ROW_WORDS - 2, -1)[:, :num_rows]
-        column = dict(zip((*SEQUENCE_FIELDS, *STEP_FIELDS), numbers, strict=True))
-        return DeviceSampling(
-            seeds=words[: 2 * num_rows].view(torch.int64),
-            choices=column["choice"],
-            temperatures=column["temperature"].view(torch.float32),
-            top_ks=column["top_k"],
-            top_ps=column["top_p"].view(torch.float32),
-            min_ps=column["min_p"].view(torch.float32),
-            repetition_penalties=column["repetition_penalty"].view(torch.float32),
-            presence_penalties=column["presence_penalty"].view(torch.float32),
-            frequency_penalties=column["frequency_penalty"].view(torch.float32),
-            positions=column["position"],
-            prompt_lens=column["prompt_len"],
-            places=column["place"],
-            history=history,
-            bias_starts=words[layout.bias_starts :][: num_rows + 1],
-            bias_ids=words[layout.bias_ids :][:num_biases],
-            biases=words[layout.biases :][:num_biases].view(torch.float32),
-            bitmask_rows=column["bitmask_row"],
+    def on_device(
+        self, columns: DeviceSampling, bias_words: Tensor, *, bitmask: Tensor | None = None
+    ) -> DeviceSampling:
+        """columns: `plain_sampling` of a copy of `words`, bias_words: begins with a copy of them. Nothing is copied."""
+        biases = _aligned(self.num_biases)
+        return replace(
+            columns,
+            bias_ids=bias_words[: self.num_biases],
+            biases=bias_words[biases : biases + self.num_biases].view(torch.float32),
             bitmask=bitmask,
-            flags=column["flags"],
             filters=self.filters,
             adjusts=self.adjusts,
         )
+
+    def copied_to(self, device: torch.device, *, history: Tensor, bitmask: Tensor | None = None) -> DeviceSampling:
+        """The rows in use, in memory of their own."""
+        words, bias_words = (torch.from_numpy(part).to(device) for part in (self.words, self.bias_words))
+        columns = plain_sampling(words, num_rows=self.num_rows, max_rows=self.max_rows, history=history)
+        return self.on_device(columns, bias_words, bitmask=bitmask)
+
+
+def plain_sampling(words: Tensor, *, num_rows: int, max_rows: int, history: Tensor) -> DeviceSampling:
+    """The first rows of a copy of packed words on the device, for draws that need no more than temperature and noise.
+
+    words: int32, its start at a multiple of 8 bytes. Views alone: they serve whatever is copied there.
+    """
+    layout = Layout.of(max_rows)
+    numbers = words[layout.numbers : layout.bias_starts].view(NUM_ROW_WORDS - 2, -1)[:, :num_rows]
+    column = dict(zip((*SEQUENCE_FIELDS, *STEP_FIELDS), numbers, strict=True))
+    nothing = words[:0]
+    return DeviceSampling(
+        seeds=words[: 2 * num_rows].view(torch.int64),
+        choices=column["choice"],
+        temperatures=column["temperature"].view(torch.float32),
+        top_ks=column["top_k"],
+        top_ps=column["top_p"].view(torch.float32),
+        min_ps=column["min_p"].view(torch.float32),
+        repetition_penalties=column["repetition_penalty"].view(torch.float32),
+        presence_penalties=column["presence_penalty"].view(torch.float32),
+        frequency_penalties=column["frequency_penalty"].view(torch.float32),
+        positions=column["position"],
+        prompt_lens=column["prompt_len"],
+        places=column["place"],
+        history=history,
+        bias_starts=words[layout.bias_starts :][: num_rows + 1],
+        bias_ids=nothing,
+        biases=nothing.view(torch.float32),
+        bitmask_rows=column["bitmask_row"],
+        bitmask=None,
+        flags=column["flags"],
+        filters=False,
+        adjusts=False,
+    )
+
+
+def packed_sampling_size(max_rows: int) -> int:
+    """Words that `pack_sampling` writes: a multiple of 16 bytes."""
+    return Layout.of(max_rows).num_words
 
 
 def pack_sampling(
@@ -125,42 +155,57 @@ def pack_sampling(
     columns: npt.ArrayLike,
     positions: npt.ArrayLike,
     bitmask_rows: npt.ArrayLike | None = None,
-    num_rows: int | None = None,
-    num_biases: int | None = None,
+    max_rows: int | None = None,
+    out: Words | None = None,
 ) -> PackedSampling:
     """One entry a row each; columns: which records are theirs, positions: which output token each draws, from 0.
 
-    `num_rows` and `num_biases` are sizes to fill up to, for buffers that do not change. Rows that fill up are greedy
-    and ask for nothing. ValueError if a size is too small.
+    max_rows: fill up to so many with rows that are greedy and ask for nothing. out: where to write the words, at least
+    packed_sampling_size(max_rows). ValueError if there are more rows.
     """
     columns, positions = np.asarray(columns, np.intp), np.asarray(positions, np.int32)
+    num_rows = len(columns)
+    max_rows = num_rows if max_rows is None else max_rows
+    if num_rows > max_rows:
+        raise ValueError(f"{num_rows} rows do not fit {max_rows}")
     flags = records.flags(columns, positions)
-    biases = records.biases(columns, positions) if (flags & ADJUSTS).any() else []
-    used_rows, used_biases = len(columns), sum(len(ids) for ids, _ in biases)
-    num_rows = used_rows if num_rows is None else num_rows
-    num_biases = used_biases if num_biases is None else num_biases
-    if used_rows > num_rows or used_biases > num_biases:
-        raise ValueError(f"{used_rows} rows with {used_biases} biases do not fit {num_rows} and {num_biases}")
+    asked = int(np.bitwise_or.reduce(flags))
+    biases = records.biases(columns, positions) if asked & ADJUSTS else []
     if bitmask_rows is not None:
         flags |= np.where(np.asarray(bitmask_rows) >= 0, ADJUSTS, 0).astype(np.int32)
-    layout = Layout.of(num_rows, num_biases)
-    words = np.zeros(layout.num_words, np.int32)
-    words[: 2 * used_rows].view(np.int64)[:] = records.seeds.take(columns)
+        asked |= int(np.bitwise_or.reduce(flags))
+    layout = Layout.of(max_rows)
+    words = np.empty(layout.num_words, np.int32) if out is None else out[: layout.num_words]
+    seeds = words[: layout.numbers].view(np.int64)
+    seeds[:num_rows] = records.seeds.take(columns)
+    seeds[num_rows:] = 0
     numbers = words[layout.numbers : layout.bias_starts].reshape(NUM_ROW_WORDS - 2, -1)
-    numbers[: len(SEQUENCE_FIELDS), :used_rows] = records.numbers.take(columns, axis=1)
+    numbers[: len(SEQUENCE_FIELDS), :num_rows] = records.numbers.take(columns, axis=1)
     of_step = (positions, -1 if bitmask_rows is None else bitmask_rows, flags)
     for packed, column in zip(numbers[len(SEQUENCE_FIELDS) :], of_step, strict=True):
-        packed[:used_rows] = column
-    numbers[:, used_rows:] = _IDLE
+        packed[:num_rows] = column
+    numbers[:, num_rows:] = _IDLE
+    bias_starts = words[layout.bias_starts :]
+    bias_starts[:] = 0
     if biases:
-        bias_starts = words[layout.bias_starts :][: num_rows + 1]
-        bias_starts[1 : used_rows + 1] = np.cumsum([len(ids) for ids, _ in biases])
-        bias_starts[used_rows + 1 :] = used_biases
-        words[layout.bias_ids :][:used_biases] = np.concatenate([ids for ids, _ in biases])
-        words[layout.biases :][:used_biases] = np.concatenate([values for _, values in biases])
-    asked = int(np.bitwise_or.reduce(flags))
-    return PackedSampling(words, num_rows, num_biases, filters=bool(asked & FILTERS), adjusts=bool(asked & ADJUSTS))
+        bias_starts[1 : num_rows + 1] = np.cumsum([len(ids) for ids, _ in biases])
+        bias_starts[num_rows + 1 :] = bias_starts[num_rows]
+    bias_words, num_biases = _bias_words(biases)
+    return PackedSampling(
+        words, bias_words, num_rows, max_rows, num_biases, bool(asked & FILTERS), bool(asked & ADJUSTS)
+    )
 
 
+def _bias_words(biases: Sequence[Biases]) -> tuple[Words, int]:
+    """All token ids, then all that is added; and how many."""
+    if not biases:
+        return _NO_WORDS, 0
+    ids, added = (np.concatenate(part) for part in zip(*biases, strict=True))
+    words = np.zeros((2, _aligned(len(ids))), np.int32)
+    words[:, : len(ids)] = ids, added
+    return words.reshape(-1), len(ids)
+
+
+_NO_WORDS = np.zeros(0, np.int32)
 # What a row says that fills up: no seed, nothing asked for, no bitmask.
 _IDLE = np.array([*record_of(RowSampling(seed=0, temperature=0)).numbers, *(0, 0), *(0, -1, 0)], np.int32)[:, None]

@@ -35,8 +35,8 @@ def to_device(batch: SamplingBatch, device: torch.device, *, mask: Tensor | None
     history = torch.zeros(len(batch), max(map(len, tokens), default=0), dtype=torch.int32)
     for place, ids in enumerate(tokens):
         history[place, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    return packed.on_device(
-        torch.from_numpy(packed.words).to(device),
+    return packed.copied_to(
+        device,
         history=history.to(device),
         bitmask=None if mask is None else packed_bits(mask),
     )

@@ -86,8 +86,8 @@ class SamplingRecords:
         self.seeds = np.zeros(num_columns, np.int64)
         self.numbers = np.zeros((len(SEQUENCE_FIELDS), num_columns), np.int32)
         self._min_tokens = np.zeros(num_columns, np.int32)
-        # [early or not, column]: before `min_tokens` output tokens 1, then 0
-        self._flags = np.zeros((2, num_columns), np.int32)
+        # two for each column: from `min_tokens` output tokens on, and before
+        self._flags = np.zeros(2 * num_columns, np.int32)
         self._records: list[RowRecord | None] = [None] * num_columns
 
     @staticmethod
@@ -105,15 +105,14 @@ class SamplingRecords:
         self.numbers[:, column] = (*record.numbers, prompt_len, place)
         # no sequence is longer than that; a request may ask for more
         self._min_tokens[column] = min(record.min_tokens, np.iinfo(np.int32).max)
-        for early, biases in enumerate((record.biases, record.early_biases)):
-            self._flags[early, column] = record.flags(biases)
+        self._flags[2 * column] = record.flags(record.biases)
+        self._flags[2 * column + 1] = record.flags(record.early_biases)
         self._records[column] = record
 
     def flags(self, columns: Indices, positions: Words) -> Words:
         """Of rows that draw the output tokens `positions`."""
-        early = (positions < self._min_tokens[columns]).view(np.int8)
-        found: Words = self._flags[early, columns]
-        return found
+        early = positions < self._min_tokens.take(columns)
+        return self._flags.take(2 * columns + early)
 
     def biases(self, columns: Indices, positions: Words) -> list[Biases]:
         """The same rows' biases."""

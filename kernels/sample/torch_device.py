@@ -41,15 +41,9 @@ def adjusted(logits: Tensor, sampling: DeviceSampling) -> Tensor:
         masks = sampling.bitmask[sampling.bitmask_rows.long().clamp(min=0)]
         allowed = (masks[:, :, None] >> bits & 1).flatten(1)[:, :num_tokens] != 0
         scores = scores.masked_fill(~allowed & (sampling.bitmask_rows >= 0)[:, None], float("-inf"))
-    # A bias beyond the last row's fills up the buffer: it adds 0 to that row's first token.
     entries = torch.arange(len(sampling.bias_ids), device=logits.device)
     owners = torch.searchsorted(sampling.bias_starts[1:].contiguous(), entries.int(), right=True)
-    in_use = owners < num_rows
-    scores = scores.index_put(
-        (owners.clamp(max=num_rows - 1), torch.where(in_use, sampling.bias_ids, 0).long()),
-        torch.where(in_use, sampling.biases, 0.0),
-        accumulate=True,
-    )
+    scores = scores.index_put((owners, sampling.bias_ids.long()), sampling.biases, accumulate=True)
     tokens = sampling.history[sampling.places.long()].long()
     places = torch.arange(tokens.shape[1], device=logits.device)
     starts, ends = sampling.prompt_lens[:, None], (sampling.prompt_lens + sampling.positions)[:, None]

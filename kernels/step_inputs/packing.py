@@ -24,8 +24,8 @@ ROW_FIELDS = (
     "place",  # the sequence's row of the tables
     "start",  # position of the first token that runs
     "num_tokens",  # that run
-    "first_token",  # where they begin in the step's row of tokens
     "num_prompt_logits",  # of its first tokens, for the probabilities of prompt tokens
+    "first_token",  # where its tokens begin in the step's row of tokens
     "first_logit",  # where the logits of this row begin
     "sample",  # which of the drawn tokens is this row's; -1: none
 )
@@ -68,45 +68,36 @@ def pack_step(rows: npt.ArrayLike, new_entries: Sequence[NewEntries], out: Array
         raise ValueError(f"{len(given)} rows in a step of at most {max_rows}")
     if size > len(out):
         raise ValueError(f"the step takes {size} numbers, the buffer has {len(out)}: make it larger")
-    place, start, num_tokens, num_prompt_logits, samples = given.T
-    num_logits = num_prompt_logits + samples
-    counts = np.array((num_tokens, num_logits, samples))
-    ends = counts.cumsum(axis=1)
-    totals = ends[:, -1].tolist() if len(given) else (0, 0, 0)
-    first_token, first_logit, sample = ends - counts
-
     packed_rows = out[HEADER_SIZE : segments_start(max_rows)].reshape(len(ROW_FIELDS), max_rows)
+    used, unused = packed_rows[:, : len(given)], packed_rows[:, len(given) :]
+    used[:4] = given.T[:4]
+    # tokens, logits, samples
+    counts = given.T[2:].copy()
+    counts[1] += counts[2]
+    ends = counts.cumsum(axis=1, dtype=np.int32)
+    np.subtract(ends, counts, out=used[4:])
+    totals = ends[:, -1].tolist() if len(given) else (0, 0, 0)
+    if totals[2] < len(given):
+        used[6, counts[2] == 0] = -1
     # Rows that are not used have no tokens, and so begin where the last one ends.
-    if len(given) < max_rows:
-        packed_rows[:, len(given) :] = np.array([0, 0, 0, totals[0], 0, totals[1], -1])[:, None]
-    columns = (
-        place,
-        start,
-        num_tokens,
-        first_token,
-        num_prompt_logits,
-        first_logit,
-        np.where(samples, sample, -1),
-    )
-    for packed, column in zip(packed_rows, columns, strict=True):
-        packed[: len(given)] = column
+    unused[:] = np.array([0, 0, 0, 0, totals[0], totals[1], -1])[:, None]
     num_segments = _pack_entries(new_entries, out, segments_start(max_rows), size)
-    out[:HEADER_SIZE] = 0
-    out[: len(HEADER_FIELDS)] = (len(given), *totals, num_segments)
+    out[:HEADER_SIZE] = (len(given), *totals, num_segments, 0, 0, 0)
     return size
 
 
 def _pack_entries(new_entries: Sequence[NewEntries], out: Array, start: int, end: int) -> int:
     """Segments from `start` on, their values up to `end`; returns the number of segments."""
-    values_start = end - sum(len(new.values) for new in new_entries)
     segments: list[int] = []
     values: list[int] = []
-    for new in new_entries:
-        table, place, first_column, new_values = new
+    for table, place, first_column, new_values in new_entries:
         for first in range(0, len(new_values), MAX_SEGMENT):
             count = min(MAX_SEGMENT, len(new_values) - first)
-            segments += (table, place, first_column + first, count, values_start + len(values) + first)
+            segments += (table, place, first_column + first, count, len(values) + first)
         values.extend(new_values)
-    out[start:values_start] = segments
+    values_start = end - len(values)
+    records = out[start:values_start].reshape(-1, len(SEGMENT_FIELDS))
+    records[:] = np.array(segments, np.int32).reshape(-1, len(SEGMENT_FIELDS))
+    records[:, -1] += values_start
     out[values_start:end] = values
-    return len(segments) // len(SEGMENT_FIELDS)
+    return len(records)

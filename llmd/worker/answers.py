@@ -78,8 +78,8 @@ class LaunchedStep:
                 if table.of_prompt:
                     entries = of_prompt.setdefault(sequence_id, [])
                     entries.append(_on_the_wire(entry, table.num_top, rows.prompts[owner].num_top))
-                elif rows.num_logprobs[owner] >= 0:
-                    of_drawn[sequence_id] = _on_the_wire(entry, table.num_top, int(rows.num_logprobs[owner]))
+                elif owner in rows.num_logprobs:
+                    of_drawn[sequence_id] = _on_the_wire(entry, table.num_top, rows.num_logprobs[owner])
         return StepResult(step_id=self._step_id, token_ids=token_ids, logprobs=of_drawn, prompt_logprobs=of_prompt)
 
 

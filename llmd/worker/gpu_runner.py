@@ -22,7 +22,7 @@ from llmd.worker.captured_work import CapturedWork
 from llmd.worker.decode_bucket import DecodeBucket, DecodeKind, allocate_bucket
 from llmd.worker.places import NO_ROWS, Places, StepRows
 from llmd.worker.runner import DoneStep, PendingStep
-from llmd.worker.step_buffer import PackedStep, draws_of, pack, step_of
+from llmd.worker.step_buffer import PackedStep, StepMemory, pack
 from llmd.worker.stream import Stream
 from llmd_kernels import (
     AttentionBatch,
@@ -31,18 +31,20 @@ from llmd_kernels import (
     HostLens,
     LayerKind,
     NewEntries,
+    PackedWork,
     StepInputs,
     allocate_inputs,
     allocate_tables,
     allocate_work,
     append_token_ids,
+    pack_work,
     sample_on_device,
     step_inputs,
     token_logprobs_on_device,
     write_differences,
 )
 
-# Numbers that a captured step may be sent: 256 rows take 4,000, the rest is for the tokens of new sequences.
+# Numbers that a captured step may be sent: 256 rows take 6,000, the rest is for the tokens of new sequences.
 _CAPTURED_NUMBERS = 1 << 16
 # Where a library serves a dtype that has no kernel of its own: with such a number of rows it sums in one order.
 TOKEN_MULTIPLE = 8
@@ -108,7 +110,7 @@ class GpuRunner:
 
         self._sizes = sizes_for(max_num_seqs)
         self._buckets: dict[int, DecodeBucket] = {}
-        self._numbers = torch.zeros(_CAPTURED_NUMBERS, dtype=torch.int32, device=device)
+        self._sent = self._memory(torch.zeros(_CAPTURED_NUMBERS, dtype=torch.int32, device=device))
         self._drawn = torch.zeros(self._sizes[-1], dtype=torch.int64, device=device)
         self._hidden = torch.zeros(self._sizes[-1], model.hidden_size, dtype=model.dtype, device=device)
         # that of the largest bucket has room for what the programs of all others hand to one another
@@ -143,16 +145,21 @@ class GpuRunner:
         if kind is None:
             return False
         self._allocate_bucket(kind.max_rows)
-        self._stream.upload(
-            pack(NO_ROWS, [], self._places.records, max_rows=kind.max_rows, can_draw=kind.draws).numbers, self._numbers
-        )
+        nothing = pack(NO_ROWS, [], self._places.records, max_rows=kind.max_rows, can_draw=kind.draws)
+        self._stream.upload(nothing.numbers, self._sent.numbers)
         # the first time loads what it launches, the second time it is captured
         self._decode.run(kind)
         self._decode.run(kind)
         return True
 
-    def _pack(self, rows: StepRows, new_entries: list[NewEntries], *, max_rows: int) -> PackedStep:
-        return pack(rows, new_entries, self._places.records, max_rows=max_rows, can_draw=self._model.can_draw)
+    def _memory(self, numbers: Tensor) -> StepMemory:
+        return StepMemory(numbers, history=self._tables.token_ids)
+
+    def _pack(
+        self, rows: StepRows, new_entries: list[NewEntries], *, max_rows: int, work: PackedWork | None = None
+    ) -> PackedStep:
+        can_draw = self._model.can_draw
+        return pack(rows, new_entries, self._places.records, max_rows=max_rows, can_draw=can_draw, work=work)
 
     def _bucket_size(self, rows: StepRows) -> int | None:
         """The bucket for a step of these rows; None if it is no decode step or too large."""
@@ -162,30 +169,29 @@ class GpuRunner:
     def _launch_decode(self, step_id: int, rows: StepRows, packed: PackedStep) -> PendingStep:
         kind = DecodeKind(packed.max_rows, packed.draws_plainly)
         self._allocate_bucket(kind.max_rows)
-        self._stream.upload(packed.numbers, self._numbers)
+        self._stream.upload(packed.numbers, self._sent.numbers)
         self._decode.run(kind)
         if kind.draws:
             return LaunchedStep(step_id, rows, self._drawn[: len(rows.drawing)], self._stream)
         hidden = self._hidden[: kind.max_rows]
-        return self._finish(step_id, rows, packed, self._numbers, hidden, self._buckets[kind.max_rows].inputs)
+        return self._finish(step_id, rows, packed, self._sent, hidden, self._buckets[kind.max_rows].inputs)
 
     def _run_decode(self, kind: DecodeKind) -> None:
         """What is captured: it reads and writes memory at fixed addresses alone."""
         bucket, max_rows = self._buckets[kind.max_rows], kind.max_rows
-        self._take_in_step(self._numbers, bucket.inputs, bucket.work_lists)
+        self._take_in_step(self._sent, bucket.inputs, bucket.work_lists)
         hidden = self._model.hidden(bucket.model_inputs, self._kv)
         if kind.draws:
-            sampling = draws_of(self._numbers, max_rows=max_rows, history=self._tables.token_ids)
-            drawn = self._model.draw(hidden, sampling)
+            drawn = self._model.draw(hidden, self._sent.plain_draws(max_rows=max_rows, num_rows=max_rows))
             append_token_ids(drawn, self._tables, bucket.inputs)
             self._drawn[:max_rows].copy_(drawn)
         else:
             self._hidden[:max_rows].copy_(hidden)
 
-    def _take_in_step(self, numbers: Tensor, inputs: StepInputs, work_lists: AttentionWork | None) -> None:
+    def _take_in_step(self, sent: StepMemory, inputs: StepInputs, work_lists: AttentionWork | None) -> None:
         """What the host has sent → the tables, and the inputs of the step."""
         max_rows = len(inputs.kv_lens)
-        step = step_of(numbers, max_rows=max_rows)
+        step = sent.step(max_rows=max_rows)
         write_differences(step, self._tables, max_rows=max_rows)
         step_inputs(
             step,
@@ -196,10 +202,10 @@ class GpuRunner:
         )
 
     def _launch_eagerly(self, step_id: int, rows: StepRows, new_entries: list[NewEntries]) -> PendingStep:
-        packed = self._pack(rows, new_entries, max_rows=self._max_num_seqs)
-        numbers = torch.empty(len(packed.numbers), dtype=torch.int32, device=self._device)
-        self._stream.upload(packed.numbers, numbers)
-        num_tokens = _padded(int(rows.num_tokens.sum()))
+        packed = self._pack(rows, new_entries, max_rows=self._max_num_seqs, work=self._planned(rows))
+        sent = self._memory(torch.empty(len(packed.numbers), dtype=torch.int32, device=self._device))
+        self._stream.upload(packed.numbers, sent.numbers)
+        num_tokens = _padded(rows.total_tokens)
         num_logits = int(rows.num_logits.sum())
         inputs = replace(
             self._inputs,
@@ -208,52 +214,61 @@ class GpuRunner:
             slots=self._inputs.slots[:num_tokens],
             logit_rows=self._inputs.logit_rows[:num_logits],
         )
-        self._take_in_step(numbers, inputs, None)
+        self._take_in_step(sent, inputs, None)
         model_inputs = ModelInputs(
             token_ids=inputs.token_ids,
             positions=inputs.positions,
             slots=inputs.slots,
-            attention=self._attention(rows, inputs),
+            attention=AttentionBatch(
+                inputs.query_starts[: len(rows) + 1],
+                inputs.kv_lens[: len(rows)],
+                self._tables.block_tables,
+                self._kv.block_size,
+                places=inputs.places[: len(rows)],
+                work_lists=sent.work(packed),
+            ),
             logit_rows=inputs.logit_rows,
         )
         hidden = self._model.hidden(model_inputs, self._kv)
-        return self._finish(step_id, rows, packed, numbers, hidden, inputs)
+        return self._finish(step_id, rows, packed, sent, hidden, inputs)
 
-    def _attention(self, rows: StepRows, inputs: StepInputs) -> AttentionBatch:
-        """Its work list is made on the host, which knows all lengths: so it is as long as this step needs."""
-        on_host = HostLens(
+    def _planned(self, rows: StepRows) -> PackedWork | None:
+        """Attention's work lists made on the host, which knows all lengths: so they are as long as this step needs.
+
+        None where attention has no kernel for the model: PyTorch's operators read the lengths back.
+        """
+        lens = HostLens(
             query_starts=np.concatenate(([0], rows.num_tokens.cumsum())),
             kv_lens=(rows.starts + rows.num_tokens).astype(np.int64),
             places=rows.places.astype(np.int64),
         )
-        return AttentionBatch(
-            inputs.query_starts[: len(rows) + 1],
-            inputs.kv_lens[: len(rows)],
-            self._tables.block_tables,
-            self._kv.block_size,
-            places=inputs.places[: len(rows)],
-            on_host=on_host,
+        return pack_work(
+            self._model.layer_kinds,
+            lens,
+            block_size=self._kv.block_size,
+            q_dtype=self._model.dtype,
+            cache_dtype=self._kv.layers[0].k.dtype,
+            device=self._device,
         )
 
     def _finish(
-        self, step_id: int, rows: StepRows, packed: PackedStep, numbers: Tensor, hidden: Tensor, inputs: StepInputs
+        self, step_id: int, rows: StepRows, packed: PackedStep, sent: StepMemory, hidden: Tensor, inputs: StepInputs
     ) -> PendingStep:
         """Draw from hidden states, whatever the rows ask for. Prompt tokens' states come before each row's own."""
-        owners = rows.drawing.tolist()
+        num_drawn = len(rows.drawing)
         tables = list(self._prompt_logprobs(rows, hidden))
         drawn = self._drawn[:0]
-        if owners:
-            own = hidden[inputs.sampled_logits[: len(owners)]] if tables else hidden[: len(owners)]
-            sampling = packed.sampling_of(numbers, history=self._tables.token_ids)
+        if num_drawn:
+            own = hidden[inputs.sampled_logits[:num_drawn]] if tables else hidden[:num_drawn]
+            sampling = sent.draws(packed)
             if packed.draws_plainly:
                 drawn = self._model.draw(own, sampling)
             else:
                 logits = self._model.logits(own)
                 drawn = sample_on_device(logits, sampling)
-                num_top = max(rows.num_logprobs[owners].tolist())
-                if num_top >= 0:
-                    logprobs = token_logprobs_on_device(logits, drawn, num_top)
-                    tables.append(LogprobsTable(logprobs, owners, of_prompt=False))
+                if rows.num_logprobs:
+                    logprobs = token_logprobs_on_device(logits, drawn, max(rows.num_logprobs.values()))
+                    tables.append(LogprobsTable(logprobs, rows.drawing.tolist(), of_prompt=False))
             append_token_ids(drawn, self._tables, inputs)
         return LaunchedStep(step_id, rows, drawn, self._stream, logprobs=tables)
 
@@ -261,14 +276,13 @@ class GpuRunner:
         """In slabs, because logits of many tokens are large."""
         first_logits = rows.num_logits.cumsum() - rows.num_logits
         for row, wanted in rows.prompts.items():
-            for start in range(0, len(wanted.token_ids), self._max_num_seqs):
-                slab = wanted.token_ids[start : start + self._max_num_seqs]
-                token_ids = torch.empty(len(slab), dtype=torch.int32, device=self._device)
-                self._stream.upload(np.array(slab, np.int32), token_ids)
-                first = int(first_logits[row]) + start
-                logits = self._model.logits(hidden[first : first + len(slab)])
-                logprobs = token_logprobs_on_device(logits, token_ids.long(), wanted.num_top)
-                yield LogprobsTable(logprobs, [row] * len(slab), of_prompt=True)
+            place, start, first = int(rows.places[row]), int(rows.starts[row]), int(first_logits[row])
+            own, token_ids = hidden[first : first + wanted.num_tokens], self._tables.token_ids[place, start + 1 :]
+            for slab in range(0, wanted.num_tokens, self._max_num_seqs):
+                logits = self._model.logits(own[slab : slab + self._max_num_seqs])
+                next_ids = token_ids[slab : slab + len(logits)].long()
+                logprobs = token_logprobs_on_device(logits, next_ids, wanted.num_top)
+                yield LogprobsTable(logprobs, [row] * len(logits), of_prompt=True)
 
     def _allocate_bucket(self, size: int) -> None:
         """Once for each."""

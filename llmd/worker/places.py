@@ -20,14 +20,10 @@ Numbers = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class WantedPrompt:
-    """Prompt tokens whose probabilities are wanted: a sequence's, or those that a row's first logits tell."""
+    """Prompt tokens whose probabilities a row's first logits tell, each that of the token after its own."""
 
-    token_ids: list[int]
+    num_tokens: int
     num_top: int
-
-    def following(self, start: int, num_tokens: int) -> "WantedPrompt":
-        """Of a whole prompt, what the logits of these tokens tell: each the probability of the one after it."""
-        return WantedPrompt(self.token_ids[start + 1 : start + num_tokens + 1], self.num_top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +36,11 @@ class StepRows:
     starts: Numbers
     num_tokens: Numbers
     prompt_lens: Numbers
-    num_logprobs: Numbers  # of the drawn token; -1: none are wanted
-    prompts: Mapping[int, WantedPrompt]  # by row; most want none
+    total_tokens: int
+    drawing: npt.NDArray[np.intp]  # the rows that draw, in order
+    # by row; most want none
+    num_logprobs: Mapping[int, int]  # beside the drawn token's
+    prompts: Mapping[int, WantedPrompt]
 
     def __len__(self) -> int:
         return len(self.sequence_ids)
@@ -49,12 +48,15 @@ class StepRows:
     @property
     def are_decoding(self) -> bool:
         """Whether all run one token, and nobody wants to know more of it than what comes after it."""
-        return not self.prompts and bool((self.num_tokens == 1).all())
+        return not self.prompts and self.total_tokens == len(self)
 
     @property
-    def output_positions(self) -> Numbers:
-        """Which output token each draws, from 0."""
-        return self.starts + self.num_tokens - self.prompt_lens
+    def drawing_places_and_positions(self) -> tuple[Numbers, Numbers]:
+        """Of the rows that draw: their places, and which output token each draws, from 0."""
+        positions = self.starts + self.num_tokens - self.prompt_lens
+        if len(self.drawing) == len(self):
+            return self.places, positions
+        return self.places[self.drawing], positions[self.drawing]
 
     @property
     def num_logits(self) -> Numbers:
@@ -62,14 +64,20 @@ class StepRows:
         found: Numbers = self.given[3] + self.given[4]
         return found
 
-    @property
-    def drawing(self) -> npt.NDArray[np.intp]:
-        """The rows that draw, in order."""
-        return np.flatnonzero(self.given[4])
-
 
 _NONE = np.zeros(0, np.int32)
-NO_ROWS = StepRows([], np.zeros((len(GIVEN_FIELDS), 0), np.int32), _NONE, _NONE, _NONE, _NONE, _NONE, {})
+NO_ROWS = StepRows(
+    sequence_ids=[],
+    given=np.zeros((len(GIVEN_FIELDS), 0), np.int32),
+    places=_NONE,
+    starts=_NONE,
+    num_tokens=_NONE,
+    prompt_lens=_NONE,
+    total_tokens=0,
+    drawing=np.zeros(0, np.intp),
+    num_logprobs={},
+    prompts={},
+)
 
 
 class Places:
@@ -81,9 +89,10 @@ class Places:
         # by place
         self.records = SamplingRecords(num_places)
         self._prompt_lens = np.zeros(num_places, np.int32)
-        self._num_logprobs = np.zeros(num_places, np.int32)
         self._num_blocks = [0] * num_places  # of the block table
-        self._prompts: dict[int, WantedPrompt] = {}  # of sequences that want to know of theirs
+        # by place, of those who want any: beside the drawn token's, and each prompt token's
+        self._num_logprobs: dict[int, int] = {}
+        self._num_prompt_logprobs: dict[int, int] = {}
 
     def take_in(self, plan: StepPlan) -> tuple[StepRows, list[NewEntries]]:
         """Forget what the plan drops, give places to what it brings → its rows, and what is new in the tables.
@@ -92,7 +101,8 @@ class Places:
         """
         for sequence_id in plan.dropped:
             place = self._by_id.pop(sequence_id)
-            self._prompts.pop(place, None)
+            self._num_logprobs.pop(place, None)
+            self._num_prompt_logprobs.pop(place, None)
             self._free.append(place)
         new_entries = [NewEntries(TOKEN_IDS, self._place(new), 0, new.token_ids) for new in plan.new]
         for sequence_id, block_ids in plan.new_block_ids.items():
@@ -100,43 +110,55 @@ class Places:
             new_entries.append(NewEntries(BLOCK_TABLES, place, self._num_blocks[place], block_ids))
             self._num_blocks[place] += len(block_ids)
         on_rows = [self._by_id[sequence_id] for sequence_id in plan.sequence_ids]
-        prompts = self._wanted_prompts(plan, on_rows) if self._prompts else {}
-        places = np.array(on_rows, np.int32)
-        given = np.zeros((len(GIVEN_FIELDS), len(on_rows)), np.int32)
+        return self._rows(plan, on_rows), new_entries
+
+    def _rows(self, plan: StepPlan, places: list[int]) -> StepRows:
+        total_tokens = sum(plan.num_tokens)
+        prompts = self._wanted_prompts(plan, places) if self._num_prompt_logprobs else {}
+        given = np.empty((len(GIVEN_FIELDS), len(places)), np.int32)
         given[0] = places
-        given[1] = np.array(plan.starts, np.int32)
-        given[2] = np.array(plan.num_tokens, np.int32)
+        given[1] = plan.starts
+        # most steps run one token of each sequence and draw the next
+        given[2] = 1 if total_tokens == len(places) else plan.num_tokens
+        given[3] = 0
         for row, wanted in prompts.items():
-            given[3, row] = len(wanted.token_ids)
-        given[4] = np.array(plan.samples, np.bool_)
-        rows = StepRows(
+            given[3, row] = wanted.num_tokens
+        given[4] = 1 if all(plan.samples) else plan.samples
+        return StepRows(
             sequence_ids=plan.sequence_ids,
             given=given,
-            places=places,
+            places=given[0],
             starts=given[1],
             num_tokens=given[2],
-            prompt_lens=self._prompt_lens[places],
-            num_logprobs=self._num_logprobs[places],
+            prompt_lens=self._prompt_lens.take(given[0]),
+            total_tokens=total_tokens,
+            drawing=given[4].nonzero()[0],
+            num_logprobs=self._wanted_logprobs(plan, places) if self._num_logprobs else {},
             prompts=prompts,
         )
-        return rows, new_entries
 
     def _place(self, new: NewSequence) -> int:
         sampling = new.sampling
         place = self._by_id[new.sequence_id] = self._free.pop()
         self.records.put(place, row_sampling(sampling), prompt_len=new.num_prompt_tokens, place=place)
         self._prompt_lens[place] = new.num_prompt_tokens
-        self._num_logprobs[place] = -1 if sampling.num_logprobs is None else sampling.num_logprobs
         self._num_blocks[place] = 0
+        if sampling.num_logprobs is not None:
+            self._num_logprobs[place] = sampling.num_logprobs
         if sampling.num_prompt_logprobs is not None:
-            prompt = new.token_ids[: new.num_prompt_tokens]
-            self._prompts[place] = WantedPrompt(prompt, sampling.num_prompt_logprobs)
+            self._num_prompt_logprobs[place] = sampling.num_prompt_logprobs
         return place
 
+    def _wanted_logprobs(self, plan: StepPlan, places: list[int]) -> dict[int, int]:
+        wanted = self._num_logprobs
+        return {row: wanted[place] for row, place in enumerate(places) if place in wanted and plan.samples[row]}
+
     def _wanted_prompts(self, plan: StepPlan, places: list[int]) -> dict[int, WantedPrompt]:
-        found = {
-            row: self._prompts[place].following(plan.starts[row], plan.num_tokens[row])
-            for row, place in enumerate(places)
-            if place in self._prompts
-        }
-        return {row: wanted for row, wanted in found.items() if wanted.token_ids}
+        wanted = {}
+        for row, place in enumerate(places):
+            if place in self._num_prompt_logprobs:
+                start, end = plan.starts[row], plan.starts[row] + plan.num_tokens[row]
+                num_tokens = min(end, int(self._prompt_lens[place]) - 1) - start
+                if num_tokens > 0:
+                    wanted[row] = WantedPrompt(num_tokens, self._num_prompt_logprobs[place])
+        return wanted

@@ -1,11 +1,14 @@
 """What the host sends for a step, in one copy:
 
-draws     how tokens are drawn, if plainly: of max_rows draws, so that captured launches find them at one place
-step      which rows run and what is new in the tables: see llmd_kernels' packing of steps
-sampling  how tokens are drawn otherwise
+draws      how tokens are drawn: columns of max_rows rows (llmd_kernels' packing of sampling)
+step       which rows run and what is new in the tables (llmd_kernels' packing of steps)
+biases     what is added to logits, where rows ask for it
+attention  the work lists of all kinds of layers, where the host has planned them (llmd_kernels' packing of work)
+
+Each begins at a multiple of 16 bytes; the first two at the same place in all steps of max_rows, so that captured
+launches find them.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,15 +21,18 @@ from llmd_kernels import (
     DeviceSampling,
     NewEntries,
     PackedSampling,
+    PackedWork,
     SamplingRecords,
+    WorkLists,
     pack_sampling,
     pack_step,
+    packed_sampling_size,
     packed_size,
+    plain_sampling,
 )
 
 Numbers = npt.NDArray[np.int32]
 
-# Parts begin at multiples of 16 bytes.
 _ALIGNMENT = 4
 
 
@@ -36,77 +42,75 @@ class PackedStep:
 
     numbers: Numbers
     max_rows: int
-    num_step_numbers: int
-    sampling: PackedSampling | None  # None: all tokens are drawn plainly
-
-    @property
-    def draws_plainly(self) -> bool:
-        return self.sampling is None
-
-    def sampling_of(self, on_device: Tensor, *, history: Tensor) -> DeviceSampling:
-        """How its tokens are drawn (and max_rows in all, if plainly), from the copy on the device.
-
-        history: the tables' token ids.
-        """
-        if self.sampling is None:
-            return draws_of(on_device, max_rows=self.max_rows, history=history)
-        start = _aligned(_step_start(self.max_rows) + self.num_step_numbers)
-        return self.sampling.on_device(on_device[start:], history=history)
+    draws: PackedSampling
+    draws_plainly: bool  # all tokens depend on nothing but logits, temperature and noise, and only ids are wanted
+    biases_start: int
+    work: PackedWork | None
+    work_start: int
 
 
 def pack(
-    rows: StepRows, new_entries: Sequence[NewEntries], records: SamplingRecords, *, max_rows: int, can_draw: bool
+    rows: StepRows,
+    new_entries: Sequence[NewEntries],
+    records: SamplingRecords,
+    *,
+    max_rows: int,
+    can_draw: bool,
+    work: PackedWork | None = None,
 ) -> PackedStep:
     """At most `max_rows` rows. records: by place; can_draw: whether the model can draw plainly."""
-    draws, sampling = _packed_draws(rows, records, max_rows=max_rows, can_draw=can_draw)
-    start = _step_start(max_rows)
-    num_step_numbers = packed_size(max_rows, new_entries)
-    end = start + num_step_numbers
-    sampling_start = _aligned(end)
-    numbers = np.zeros(end if sampling is None else sampling_start + len(sampling.words), np.int32)
-    numbers[: len(draws.words)] = draws.words
-    pack_step(rows.given.T, new_entries, numbers[start:end], max_rows=max_rows)
-    if sampling is not None:
-        numbers[sampling_start:] = sampling.words
-    return PackedStep(numbers, max_rows, num_step_numbers, sampling)
-
-
-def step_of(numbers: Tensor, *, max_rows: int) -> Tensor:
-    """The part that the kernels of step preparation read."""
-    return numbers[_step_start(max_rows) :]
-
-
-def draws_of(numbers: Tensor, *, max_rows: int, history: Tensor) -> DeviceSampling:
-    """How `max_rows` tokens are drawn plainly."""
-    return _no_draws(max_rows).on_device(numbers, history=history)
-
-
-def _packed_draws(
-    rows: StepRows, records: SamplingRecords, *, max_rows: int, can_draw: bool
-) -> tuple[PackedSampling, PackedSampling | None]:
-    """How tokens are drawn plainly, and how otherwise if any is not.
-
-    A token is drawn plainly that depends on nothing but logits, temperature and noise, if nothing is wanted but its id.
-    """
-    drawing = rows.drawing
-    places, positions = rows.places[drawing], rows.output_positions[drawing]
-    are_plain = can_draw and not records.flags(places, positions).any() and not (rows.num_logprobs[drawing] >= 0).any()
-    packed = pack_sampling(
-        records,
-        columns=places,
-        positions=positions,
-        num_rows=max_rows if are_plain else None,
+    step_start = packed_sampling_size(max_rows)
+    step_end = step_start + packed_size(max_rows, new_entries)
+    numbers = np.empty(_aligned(step_end), np.int32)
+    places, positions = rows.drawing_places_and_positions
+    draws = pack_sampling(records, columns=places, positions=positions, max_rows=max_rows, out=numbers)
+    pack_step(rows.given.T, new_entries, numbers[step_start:step_end], max_rows=max_rows)
+    biases_start = len(numbers)
+    if work is not None:
+        numbers = np.concatenate((numbers, draws.bias_words, work.numbers))
+    elif draws.num_biases:
+        numbers = np.concatenate((numbers, draws.bias_words))
+    return PackedStep(
+        numbers,
+        max_rows,
+        draws,
+        draws_plainly=can_draw and not (draws.filters or draws.adjusts or rows.num_logprobs),
+        biases_start=biases_start,
+        work=work,
+        work_start=biases_start + len(draws.bias_words),
     )
-    return (packed, None) if are_plain else (_no_draws(max_rows), packed)
 
 
-@functools.cache
-def _no_draws(max_rows: int) -> PackedSampling:
-    return pack_sampling(SamplingRecords(0), columns=[], positions=[], num_rows=max_rows)
+class StepMemory:
+    """Where steps are copied to, and views of what lies there, each made once."""
 
+    def __init__(self, numbers: Tensor, *, history: Tensor) -> None:
+        """numbers: int32, on the device; history: the tables' token ids."""
+        self.numbers = numbers
+        self._history = history
+        self._plain_draws: dict[tuple[int, int], DeviceSampling] = {}
 
-def _step_start(max_rows: int) -> int:
-    return _aligned(len(_no_draws(max_rows).words))
+    def step(self, *, max_rows: int) -> Tensor:
+        """The part that the kernels of step preparation read."""
+        return self.numbers[packed_sampling_size(max_rows) :]
+
+    def plain_draws(self, *, max_rows: int, num_rows: int) -> DeviceSampling:
+        """How the first `num_rows` tokens are drawn, if plainly."""
+        key = max_rows, num_rows
+        if key not in self._plain_draws:
+            self._plain_draws[key] = plain_sampling(
+                self.numbers, num_rows=num_rows, max_rows=max_rows, history=self._history
+            )
+        return self._plain_draws[key]
+
+    def draws(self, packed: PackedStep) -> DeviceSampling:
+        """How the tokens of a step that was copied here are drawn."""
+        plain = self.plain_draws(max_rows=packed.max_rows, num_rows=packed.draws.num_rows)
+        return plain if packed.draws_plainly else packed.draws.on_device(plain, self.numbers[packed.biases_start :])
+
+    def work(self, packed: PackedStep) -> WorkLists | None:
+        """Its work lists, if the host has planned them."""
+        return None if packed.work is None else packed.work.on_device(self.numbers[packed.work_start :])
 
 
 def _aligned(size: int) -> int:

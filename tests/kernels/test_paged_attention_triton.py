@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmd_kernels.paged_attention import cost, reference, triton_kernel, triton_ops, workspace
+from llmd_kernels.paged_attention import cost, host_work, reference, triton_kernel, triton_ops, workspace
 from llmd_kernels.paged_attention.items import FIELDS, ItemList, plan_items
 from llmd_kernels.paged_attention.tiles import TABLE, TileConfig
 from tests.kernels.batches import Context, Heads, Inputs, context, inputs
@@ -237,7 +237,7 @@ def test_a_wrong_work_list_is_caught(monkeypatch: pytest.MonkeyPatch, fault: Any
         return replace(work, items=fault(work.items))
 
     check(ragged_step(), num_processors=50)
-    monkeypatch.setattr(triton_ops, "plan_items", plan)
+    monkeypatch.setattr(host_work, "plan_items", plan)
     with pytest.raises(error):
         check(ragged_step(), num_processors=50)
 

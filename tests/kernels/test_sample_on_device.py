@@ -76,7 +76,7 @@ def test_rows_that_fill_up_are_greedy_and_change_nothing() -> None:
     logits, rows, histories = random_step(7, 5, 300)
     expected = sample_on_device(logits, on_device(rows, histories)).tolist()
     padding = torch.tensor([[0.0, 2.0, 2.0, 1.0]] * 3).repeat(1, 75)
-    filled = on_device(rows, histories, num_rows=8, num_biases=50)
+    filled = on_device(rows, histories, max_rows=8)
     everything = torch.cat((logits, padding))
     assert sample_on_device(everything, filled).tolist() == [*expected, 1, 1, 1]
     with interpreted(shuffle=1):
@@ -84,8 +84,8 @@ def test_rows_that_fill_up_are_greedy_and_change_nothing() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 rows with 2 biases do not fit 1 and 1"):
-        on_device([RowSampling(seed=0, logit_bias={1: 1.0, 2: 2.0})], num_biases=1)
+    with pytest.raises(ValueError, match="2 rows do not fit 1"):
+        on_device(KINDS[:2], max_rows=1)
 
 
 def test_columns_begin_where_wide_loads_may() -> None:

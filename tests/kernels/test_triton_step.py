@@ -5,7 +5,8 @@ The host sends prompts and blocks only; it is never asked for what was drawn. In
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from llmd_kernels import (
     append_token_ids,
     dispatch,
     pack_step,
+    pack_work,
     paged_attention,
     rope_kv_write,
     step_inputs,
@@ -34,8 +36,10 @@ from llmd_kernels import (
 # Inside of the interpreter it is too late to import kernels.
 from llmd_kernels.paged_attention import plan_kernel, triton_ops
 from llmd_kernels.paged_attention.device_work import allocate_lists
+from llmd_kernels.paged_attention.host_work import SentWork, pack_lists
 from llmd_kernels.paged_attention.items import FIELDS
 from llmd_kernels.paged_attention.tiles import TileConfig
+from llmd_kernels.paged_attention.workspace import cut_for
 from llmd_kernels.rope_kv_write import triton_ops as rope_triton_ops
 from llmd_kernels.step_inputs import triton_ops as step_inputs_triton_ops
 from tests.kernels.proof.compiler import compiled_for
@@ -140,10 +144,22 @@ class Host:
             table[: len(row.sequence.block_ids)] = torch.tensor(row.sequence.block_ids)
         # Lengths that nobody can read: only the host's are there.
         unreadable = torch.empty(len(rows) + 1, dtype=torch.int64, device="meta")
-        batch = AttentionBatch(unreadable, unreadable[1:], tables, BLOCK_SIZE, on_host=lens)
+        batch = AttentionBatch(unreadable, unreadable[1:], tables, BLOCK_SIZE, work_lists=sent_work(lens))
         out = self.network.forward(torch.tensor(token_ids), torch.tensor(positions), torch.tensor(slots), batch)
         last = [int(start) - 1 for start in lens.query_starts[1:]]
         return out, draw(out[last]).tolist()
+
+
+BF16 = {"q_dtype": torch.bfloat16, "cache_dtype": torch.bfloat16}
+
+
+def sent_work(lens: HostLens) -> SentWork:
+    """The lists of both kinds of layers, in a buffer that holds other things too."""
+    packed = pack_work(KINDS, lens, block_size=BLOCK_SIZE, device=CPU, **BF16)
+    assert packed is not None
+    buffer = torch.full((len(packed.numbers) + 16,), 2**31 - 1, dtype=torch.int32)
+    buffer[8:-8] = torch.from_numpy(packed.numbers)
+    return packed.on_device(buffer[8:])
 
 
 class Device:
@@ -159,9 +175,8 @@ class Device:
             max_tokens=MAX_TOKENS,
             max_len=MAX_LEN,
             block_size=BLOCK_SIZE,
-            q_dtype=torch.bfloat16,
-            cache_dtype=torch.bfloat16,
             device=CPU,
+            **BF16,
         )
         assert work is not None
         self.work = work
@@ -254,18 +269,29 @@ def test_a_static_batch_without_lists_is_refused() -> None:
 def test_a_kind_of_layer_that_was_not_named_is_refused() -> None:
     device = Device()
     q = torch.zeros(8, HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="no work list for LayerKind"), interpreted():
-        paged_attention(q, *device.network.caches[0], device.batch, scale=1.0, window=18)
+    sent = replace(device.batch, work_lists=sent_work(HostLens(np.array([0, 8]), np.array([8]))))
+    for batch in (device.batch, sent):
+        with pytest.raises(ValueError, match="no work list for LayerKind"), interpreted():
+            paged_attention(q, *device.network.caches[0], batch, scale=1.0, window=18)
 
 
-def test_no_work_is_allocated_where_attention_is_not_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"max_seqs": 2, "max_tokens": 8, "max_len": 20, "device": CPU}
-    bf16, float64 = {"q_dtype": torch.bfloat16, "cache_dtype": torch.bfloat16}, torch.float64
-    assert allocate_work(KINDS, **sizes, **bf16, block_size=16) is not None
-    assert allocate_work(KINDS, **sizes, **bf16, block_size=8) is None
-    assert allocate_work(KINDS, **sizes, q_dtype=float64, cache_dtype=float64, block_size=16) is None
+def test_there_are_no_lists_where_attention_is_not_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"max_seqs": 2, "max_tokens": 8, "max_len": 20}
+    float64 = {"q_dtype": torch.float64, "cache_dtype": torch.float64}
+
+    def are_made(*, block_size: int = BLOCK_SIZE, **dtypes: torch.dtype) -> bool:
+        """By the device as by the host."""
+        options: dict[str, Any] = {"block_size": block_size, "device": CPU, **dtypes}
+        by_device = allocate_work(KINDS, **sizes, **options) is not None
+        by_host = pack_work(KINDS, HostLens(np.array([0, 1]), np.array([5])), **options) is not None
+        assert by_device == by_host
+        return by_host
+
+    assert are_made(**BF16)
+    assert not are_made(**BF16, block_size=8)
+    assert not are_made(**float64)
     monkeypatch.setattr(sys.modules["llmd_kernels.paged_attention"], "find_config", lambda *_: None)
-    assert allocate_work(KINDS, **sizes, **bf16, block_size=16) is None
+    assert not are_made(**BF16)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
@@ -302,9 +328,10 @@ def launch_without_memory(max_rows: int, max_tokens: int, max_len: int) -> None:
     work.plan(made.query_starts, made.kv_lens, made.places)
     cache = meta(100, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16)
     q = meta(max_tokens, HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    lens = HostLens(np.array([0, 1]), np.array([5]))
+    packed = pack_lists({kind: cut_for(kind, TILES, 9)}, HostLens(np.array([0, 1]), np.array([5])))
+    sent = packed.on_device(meta(len(packed.numbers), dtype=torch.int32))
     for batch in (
         made.attention(tables, block_size=BLOCK_SIZE, work_lists=work),
-        AttentionBatch(made.query_starts, made.kv_lens, tables.block_tables[:1].long(), BLOCK_SIZE, on_host=lens),
+        AttentionBatch(made.query_starts, made.kv_lens, tables.block_tables[:1].long(), BLOCK_SIZE, work_lists=sent),
     ):
         triton_ops.paged_attention(q, cache, cache, batch, scale=1.0, config=TILES, num_processors=9)

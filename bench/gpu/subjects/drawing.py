@@ -125,4 +125,4 @@ def sampling_on(machine: Machine, row: RowSampling, num_rows: int) -> DeviceSamp
     records = SamplingRecords.of([row] * num_rows, prompt_lens=[0] * num_rows, places=range(num_rows))
     packed = pack_sampling(records, columns=range(num_rows), positions=range(num_rows))
     history = torch.zeros(num_rows, 1, dtype=torch.int32, device=machine.device)
-    return packed.on_device(torch.from_numpy(packed.words).to(machine.device), history=history)
+    return packed.copied_to(machine.device, history=history)

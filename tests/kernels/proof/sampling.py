@@ -1,6 +1,7 @@
 """Rows for what draws: their parameters packed, their tokens in a table. CPU tensors."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ def on_device(
     histories: Sequence[History] | None = None,
     *,
     mask: Tensor | None = None,
-    num_rows: int | None = None,
-    num_biases: int | None = None,
+    max_rows: int | None = None,
 ) -> DeviceSampling:
-    """histories: (prompt, output) of each row; mask [R, V] bool: which tokens every second row may draw.
+    """histories: (prompt, output) of each row; mask [R, V] bool: which tokens every second row may draw. max_rows: of
+    the buffer; those that are not in use are there too.
 
     Sequences lie at places from the last on; what no sequence has in the table is an id that does not exist.
     """
@@ -34,11 +35,11 @@ def on_device(
         columns=range(len(rows)),
         positions=[len(output) for _, output in histories],
         bitmask_rows=None if mask is None else [r if r % 2 else -1 for r in range(len(rows))],
-        num_rows=num_rows,
-        num_biases=num_biases,
+        max_rows=max_rows,
     )
     bitmask = None if mask is None else bitmask_of(mask)
-    return packed.on_device(torch.from_numpy(packed.words), history=table, bitmask=bitmask)
+    every_row = replace(packed, num_rows=packed.max_rows)
+    return every_row.copied_to(torch.device("cpu"), history=table, bitmask=bitmask)
 
 
 def bitmask_of(mask: Tensor) -> Tensor:
