@@ -52,7 +52,6 @@ from llmd_kernels.step_inputs import (
     allocate_tables,
     append_token_ids,
     pack_step,
-    packed_size,
     step_inputs,
     write_differences,
 )
@@ -101,7 +100,6 @@ __all__ = [
     "pack_weight",
     "pack_work",
     "packed_sampling_size",
-    "packed_size",
     "paged_attention",
     "plain_sampling",
     "rms_norm",

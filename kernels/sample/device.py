@@ -168,8 +168,8 @@ def pack_sampling(
     max_rows = num_rows if max_rows is None else max_rows
     if num_rows > max_rows:
         raise ValueError(f"{num_rows} rows do not fit {max_rows}")
-    flags = records.flags(columns, positions)
-    asked = int(np.bitwise_or.reduce(flags))
+    flags = np.zeros(num_rows, np.int32) if records.asks_nothing else records.flags(columns, positions)
+    asked = 0 if records.asks_nothing else int(np.bitwise_or.reduce(flags))
     biases = records.biases(columns, positions) if asked & ADJUSTS else []
     if bitmask_rows is not None:
         flags |= np.where(np.asarray(bitmask_rows) >= 0, ADJUSTS, 0).astype(np.int32)
@@ -181,9 +181,9 @@ def pack_sampling(
     seeds[num_rows:] = 0
     numbers = words[layout.numbers : layout.bias_starts].reshape(NUM_ROW_WORDS - 2, -1)
     numbers[: len(SEQUENCE_FIELDS), :num_rows] = records.numbers.take(columns, axis=1)
-    of_step = (positions, -1 if bitmask_rows is None else bitmask_rows, flags)
-    for packed, column in zip(numbers[len(SEQUENCE_FIELDS) :], of_step, strict=True):
-        packed[:num_rows] = column
+    numbers[-3, :num_rows] = positions
+    numbers[-2, :num_rows] = -1 if bitmask_rows is None else bitmask_rows
+    numbers[-1, :num_rows] = flags
     numbers[:, num_rows:] = _IDLE
     bias_starts = words[layout.bias_starts :]
     bias_starts[:] = 0

@@ -89,6 +89,7 @@ class SamplingRecords:
         # two for each column: from `min_tokens` output tokens on, and before
         self._flags = np.zeros(2 * num_columns, np.int32)
         self._records: list[RowRecord | None] = [None] * num_columns
+        self._asking: set[int] = set()  # columns that ever have flags
 
     @staticmethod
     def of(rows: Sequence[RowSampling], *, prompt_lens: Sequence[int], places: Sequence[int]) -> "SamplingRecords":
@@ -108,6 +109,19 @@ class SamplingRecords:
         self._flags[2 * column] = record.flags(record.biases)
         self._flags[2 * column + 1] = record.flags(record.early_biases)
         self._records[column] = record
+        if self._flags[2 * column] or (record.min_tokens and self._flags[2 * column + 1]):
+            self._asking.add(column)
+        else:
+            self._asking.discard(column)
+
+    def drop(self, column: int) -> None:
+        """Its sequence has ended: no step will ask for the column until another is put there."""
+        self._asking.discard(column)
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether all sequences have no flags in any step."""
+        return not self._asking
 
     def flags(self, columns: Indices, positions: Words) -> Words:
         """Of rows that draw the output tokens `positions`."""

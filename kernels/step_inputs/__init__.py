@@ -11,7 +11,7 @@ from llmd_kernels.dispatch import on_triton_device
 from llmd_kernels.paged_attention.device_work import AttentionWork
 from llmd_kernels.step_inputs import torch_ops
 from llmd_kernels.step_inputs.buffers import SequenceTables, StepInputs, allocate_inputs, allocate_tables
-from llmd_kernels.step_inputs.packing import BLOCK_TABLES, GIVEN_FIELDS, TOKEN_IDS, NewEntries, pack_step, packed_size
+from llmd_kernels.step_inputs.packing import BLOCK_TABLES, GIVEN_FIELDS, TOKEN_IDS, NewEntries, pack_step
 
 __all__ = [
     "BLOCK_TABLES",
@@ -24,7 +24,6 @@ __all__ = [
     "allocate_tables",
     "append_token_ids",
     "pack_step",
-    "packed_size",
     "step_inputs",
     "write_differences",
 ]

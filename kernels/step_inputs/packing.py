@@ -8,7 +8,9 @@
 Header and rows lie at the same places in every step of a bucket, so a captured launch finds them. Knows no device.
 """
 
+import functools
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +36,7 @@ SEGMENT_FIELDS = ("table", "place", "first", "count", "values")
 TOKEN_IDS, BLOCK_TABLES = 0, 1
 # A program writes one segment at a time; longer runs of new entries are several segments.
 MAX_SEGMENT = 1024
+_ALIGNMENT = 4
 
 
 class NewEntries(NamedTuple):
@@ -49,55 +52,68 @@ def segments_start(max_rows: int) -> int:
     return HEADER_SIZE + len(ROW_FIELDS) * max_rows
 
 
-def packed_size(max_rows: int, new_entries: Sequence[NewEntries]) -> int:
-    """Numbers that `pack_step` writes."""
-    sizes = [len(new.values) for new in new_entries]
-    num_segments = sum(-(-size // MAX_SEGMENT) for size in sizes)
-    return segments_start(max_rows) + num_segments * len(SEGMENT_FIELDS) + sum(sizes)
-
-
-def pack_step(rows: npt.ArrayLike, new_entries: Sequence[NewEntries], out: Array, *, max_rows: int) -> int:
-    """Write a step to `out` (as a rule pinned memory); returns how many numbers of it are used.
+def pack_step(rows: npt.ArrayLike, new_entries: Sequence[NewEntries], *, max_rows: int, num_before: int = 0) -> Array:
+    """A step as it is sent, to a multiple of 16 bytes, behind `num_before` numbers that are the caller's to write.
 
     rows [num_rows, len(GIVEN_FIELDS)]: place, start, num_tokens ≥ 1, num_prompt_logits, samples (0 or 1); no place
-    twice. ValueError where there are more rows than `max_rows`, or more numbers than `out` has room for.
+    twice. ValueError where there are more rows than `max_rows`.
     """
     given = np.asarray(rows, dtype=np.int32).reshape(-1, len(GIVEN_FIELDS))
-    size = packed_size(max_rows, new_entries)
     if len(given) > max_rows:
         raise ValueError(f"{len(given)} rows in a step of at most {max_rows}")
-    if size > len(out):
-        raise ValueError(f"the step takes {size} numbers, the buffer has {len(out)}: make it larger")
-    packed_rows = out[HEADER_SIZE : segments_start(max_rows)].reshape(len(ROW_FIELDS), max_rows)
-    used, unused = packed_rows[:, : len(given)], packed_rows[:, len(given) :]
-    used[:4] = given.T[:4]
-    # tokens, logits, samples
-    counts = given.T[2:].copy()
-    counts[1] += counts[2]
-    ends = counts.cumsum(axis=1, dtype=np.int32)
-    np.subtract(ends, counts, out=used[4:])
-    totals = ends[:, -1].tolist() if len(given) else (0, 0, 0)
-    if totals[2] < len(given):
+    segments = _segments(new_entries)
+    counts = [len(segment.values) for segment in segments]
+    values_start = segments_start(max_rows) + len(segments) * len(SEGMENT_FIELDS)
+    values_end = values_start + sum(counts)
+    packed = np.empty(num_before + -(-values_end // _ALIGNMENT) * _ALIGNMENT, np.int32)
+    step = packed[num_before:]
+    totals = _pack_rows(given, step[HEADER_SIZE : segments_start(max_rows)].reshape(len(ROW_FIELDS), max_rows))
+    step[:HEADER_SIZE] = (len(given), *totals, len(segments), 0, 0, 0)
+    if segments:
+        tables, places, firsts, values = zip(*segments, strict=True)
+        starts = accumulate(counts[:-1], initial=values_start)
+        records = zip(tables, places, firsts, counts, starts, strict=True)
+        step[segments_start(max_rows) : values_start] = list(chain.from_iterable(records))
+        step[values_start:values_end] = list(chain.from_iterable(values))
+    step[values_end:] = 0
+    return packed
+
+
+def _pack_rows(given: Array, packed: Array) -> list[int]:
+    """given [num_rows, len(GIVEN_FIELDS)] → packed [len(ROW_FIELDS), max_rows]; tokens, logits and samples in all."""
+    num_rows, max_rows = len(given), packed.shape[1]
+    columns, used = given.T, packed[:, :num_rows]
+    used[:4] = columns[:4]
+    # compared as bytes: a tenth of the time of NumPy's comparison
+    if columns[2:].tobytes() == _decoding(num_rows):
+        used[4:] = np.arange(num_rows)
+        totals = [num_rows] * 3
+    else:
+        # tokens, logits, samples
+        counts = columns[2:].copy()
+        counts[1] += counts[2]
+        ends = counts.cumsum(axis=1)
+        used[4:] = ends - counts
         used[6, counts[2] == 0] = -1
-    # Rows that are not used have no tokens, and so begin where the last one ends.
-    unused[:] = np.array([0, 0, 0, 0, totals[0], totals[1], -1])[:, None]
-    num_segments = _pack_entries(new_entries, out, segments_start(max_rows), size)
-    out[:HEADER_SIZE] = (len(given), *totals, num_segments, 0, 0, 0)
-    return size
+        totals = ends[:, -1].tolist()
+    if num_rows < max_rows:
+        # Rows that are not used have no tokens, and so begin where the last one ends.
+        packed[:, num_rows:] = np.array([0, 0, 0, 0, *totals[:2], -1])[:, None]
+    return totals
 
 
-def _pack_entries(new_entries: Sequence[NewEntries], out: Array, start: int, end: int) -> int:
-    """Segments from `start` on, their values up to `end`; returns the number of segments."""
-    segments: list[int] = []
-    values: list[int] = []
-    for table, place, first_column, new_values in new_entries:
-        for first in range(0, len(new_values), MAX_SEGMENT):
-            count = min(MAX_SEGMENT, len(new_values) - first)
-            segments += (table, place, first_column + first, count, len(values) + first)
-        values.extend(new_values)
-    values_start = end - len(values)
-    records = out[start:values_start].reshape(-1, len(SEGMENT_FIELDS))
-    records[:] = np.array(segments, np.int32).reshape(-1, len(SEGMENT_FIELDS))
-    records[:, -1] += values_start
-    out[values_start:end] = values
-    return len(records)
+@functools.cache
+def _decoding(num_rows: int) -> bytes:
+    """num_tokens, num_prompt_logits and samples of rows that run a token and draw the next, as most steps have them."""
+    return np.repeat(np.array([1, 0, 1], np.int32), num_rows).tobytes()
+
+
+def _segments(new_entries: Sequence[NewEntries]) -> list[NewEntries]:
+    """The same entries in pieces that one program can write."""
+    if all(0 < len(new.values) <= MAX_SEGMENT for new in new_entries):
+        return list(new_entries)
+    return [
+        NewEntries(table, place, first + start, values[start : start + MAX_SEGMENT])
+        for table, place, first, values in new_entries
+        for start in range(0, len(values), MAX_SEGMENT)
+    ]

@@ -101,6 +101,7 @@ class Places:
         """
         for sequence_id in plan.dropped:
             place = self._by_id.pop(sequence_id)
+            self.records.drop(place)
             self._num_logprobs.pop(place, None)
             self._num_prompt_logprobs.pop(place, None)
             self._free.append(place)

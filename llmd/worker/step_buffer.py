@@ -27,13 +27,10 @@ from llmd_kernels import (
     pack_sampling,
     pack_step,
     packed_sampling_size,
-    packed_size,
     plain_sampling,
 )
 
 Numbers = npt.NDArray[np.int32]
-
-_ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +56,10 @@ def pack(
     work: PackedWork | None = None,
 ) -> PackedStep:
     """At most `max_rows` rows. records: by place; can_draw: whether the model can draw plainly."""
-    step_start = packed_sampling_size(max_rows)
-    step_end = step_start + packed_size(max_rows, new_entries)
-    numbers = np.empty(_aligned(step_end), np.int32)
+    num_before = packed_sampling_size(max_rows)
+    numbers = pack_step(rows.given.T, new_entries, max_rows=max_rows, num_before=num_before)
     places, positions = rows.drawing_places_and_positions
     draws = pack_sampling(records, columns=places, positions=positions, max_rows=max_rows, out=numbers)
-    pack_step(rows.given.T, new_entries, numbers[step_start:step_end], max_rows=max_rows)
     biases_start = len(numbers)
     if work is not None:
         numbers = np.concatenate((numbers, draws.bias_words, work.numbers))
@@ -88,7 +83,8 @@ class StepMemory:
         """numbers: int32, on the device; history: the tables' token ids."""
         self.numbers = numbers
         self._history = history
-        self._plain_draws: dict[tuple[int, int], DeviceSampling] = {}
+        # by max_rows, num_rows, and what rows ask for: filters, adjusts
+        self._draws: dict[tuple[int, int, bool, bool], DeviceSampling] = {}
 
     def step(self, *, max_rows: int) -> Tensor:
         """The part that the kernels of step preparation read."""
@@ -96,22 +92,23 @@ class StepMemory:
 
     def plain_draws(self, *, max_rows: int, num_rows: int) -> DeviceSampling:
         """How the first `num_rows` tokens are drawn, if plainly."""
-        key = max_rows, num_rows
-        if key not in self._plain_draws:
-            self._plain_draws[key] = plain_sampling(
-                self.numbers, num_rows=num_rows, max_rows=max_rows, history=self._history
-            )
-        return self._plain_draws[key]
+        key = max_rows, num_rows, False, False
+        if key not in self._draws:
+            self._draws[key] = plain_sampling(self.numbers, num_rows=num_rows, max_rows=max_rows, history=self._history)
+        return self._draws[key]
 
     def draws(self, packed: PackedStep) -> DeviceSampling:
         """How the tokens of a step that was copied here are drawn."""
-        plain = self.plain_draws(max_rows=packed.max_rows, num_rows=packed.draws.num_rows)
-        return plain if packed.draws_plainly else packed.draws.on_device(plain, self.numbers[packed.biases_start :])
+        draws = packed.draws
+        key = draws.max_rows, draws.num_rows, draws.filters, draws.adjusts
+        if key in self._draws and not draws.num_biases:
+            return self._draws[key]
+        plain = self.plain_draws(max_rows=draws.max_rows, num_rows=draws.num_rows)
+        views = draws.on_device(plain, self.numbers[packed.biases_start :])
+        if not draws.num_biases:
+            self._draws[key] = views
+        return views
 
     def work(self, packed: PackedStep) -> WorkLists | None:
         """Its work lists, if the host has planned them."""
         return None if packed.work is None else packed.work.on_device(self.numbers[packed.work_start :])
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

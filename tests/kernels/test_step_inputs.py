@@ -18,7 +18,6 @@ from llmd_kernels.step_inputs import (
     allocate_tables,
     append_token_ids,
     pack_step,
-    packed_size,
     reference,
     step_inputs,
     write_differences,
@@ -45,10 +44,7 @@ class Step:
         return inputs
 
     def packed(self, new_entries: list[NewEntries] | None = None) -> torch.Tensor:
-        new_entries = new_entries or []
-        out = np.full(packed_size(self.max_rows, new_entries), -7, dtype=np.int32)
-        assert pack_step(self.rows, new_entries, out, max_rows=self.max_rows) == len(out)
-        return torch.from_numpy(out)
+        return torch.from_numpy(pack_step(self.rows, new_entries or [], max_rows=self.max_rows))
 
 
 @st.composite
@@ -159,5 +155,10 @@ def test_what_does_not_fit_is_refused() -> None:
     step = Step([(0, 0, 1, 0, 1), (1, 0, 1, 0, 1)], max_rows=1, max_tokens=2, max_logits=2)
     with pytest.raises(ValueError, match="2 rows in a step of at most 1"):
         step.packed()
-    with pytest.raises(ValueError, match="takes 22 numbers, the buffer has 20"):
-        pack_step(step.rows, [], np.zeros(20, dtype=np.int32), max_rows=2)
+
+
+def test_a_step_may_stand_behind_other_numbers() -> None:
+    rows, new_entries = [(0, 0, 3, 0, 1)], [NewEntries(TOKEN_IDS, 0, 0, [1, 2, 3])]
+    alone = pack_step(rows, new_entries, max_rows=2)
+    assert len(alone) % 4 == 0
+    assert pack_step(rows, new_entries, max_rows=2, num_before=8)[8:].tolist() == alone.tolist()

@@ -188,8 +188,9 @@ class Device:
             (row.sequence.place, row.sequence.num_done, row.num_tokens, row.num_prompt_logits, row.samples)
             for row in rows
         ]
-        used = pack_step(packed, new_entries, self.step.numpy(), max_rows=MAX_ROWS)
-        self.step[used:] = 2**31 - 1
+        step = torch.from_numpy(pack_step(packed, new_entries, max_rows=MAX_ROWS))
+        self.step[: len(step)] = step
+        self.step[len(step) :] = 2**31 - 1
         inputs = self.inputs
         with interpreted(shuffle=3) as launches:
             write_differences(self.step, self.tables, max_rows=MAX_ROWS)

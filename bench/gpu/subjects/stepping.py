@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from llmd_kernels import (
     allocate_tables,
     allocate_work,
     pack_step,
-    packed_size,
     step_inputs,
     write_differences,
 )
@@ -57,8 +55,7 @@ def _step_inputs(machine: Machine, num_seqs: int) -> Subject:
             cache_dtype=torch.bfloat16,
             device=device,
         )
-        packed = np.zeros(packed_size(num_seqs, []), np.int32)
-        pack_step([(place, context - 1, 1, 0, 1) for place in range(num_seqs)], [], packed, max_rows=num_seqs)
+        packed = pack_step([(place, context - 1, 1, 0, 1) for place in range(num_seqs)], [], max_rows=num_seqs)
         step = torch.from_numpy(packed).to(device)
 
         def call() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmd_kernels.step_inputs import reference, triton_ops
 from llmd_kernels.step_inputs.buffers import SequenceTables, StepInputs, allocate_inputs, allocate_tables
-from llmd_kernels.step_inputs.packing import BLOCK_TABLES, TOKEN_IDS, NewEntries, pack_step, packed_size
+from llmd_kernels.step_inputs.packing import BLOCK_TABLES, TOKEN_IDS, NewEntries, pack_step
 from tests.kernels.proof.checks import Case, Configuration, Proof
 from tests.kernels.proof.inputs import meta
 
@@ -64,8 +64,7 @@ def arguments(
     max_len: int = 40,
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    packed = np.full(packed_size(max_rows, new_entries), -7, dtype=np.int32)
-    pack_step(rows, new_entries, packed, max_rows=max_rows)
+    packed = pack_step(rows, new_entries, max_rows=max_rows)
     return {
         "step": torch.from_numpy(packed),
         "token_ids": torch.randint(0, 1000, (num_places, max_len), generator=generator, dtype=torch.int32),
