@@ -110,8 +110,7 @@ class Places:
             place = self._by_id[sequence_id]
             new_entries.append(NewEntries(BLOCK_TABLES, place, self._num_blocks[place], block_ids))
             self._num_blocks[place] += len(block_ids)
-        on_rows = [self._by_id[sequence_id] for sequence_id in plan.sequence_ids]
-        return self._rows(plan, on_rows), new_entries
+        return self._rows(plan, list(map(self._by_id.__getitem__, plan.sequence_ids))), new_entries
 
     def _rows(self, plan: StepPlan, places: list[int]) -> StepRows:
         total_tokens = sum(plan.num_tokens)
