@@ -6,6 +6,7 @@ Proof of the kernels: tests/kernels/proof/operations/sample_on_device.py.
 import importlib
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from llmd_kernels import RowSampling, SamplingBatch, dispatch, sample, sample_on_device, token_logprobs, top_tokens
+from llmd_kernels import (
+    RowSampling,
+    SamplingBatch,
+    SamplingRecords,
+    dispatch,
+    sample,
+    sample_on_device,
+    token_logprobs,
+    top_tokens,
+)
 from llmd_kernels.sample import reference, triton_adjust, triton_filters, triton_ops
 from llmd_kernels.sample.host_batch import to_device
 from llmd_kernels.token_logprobs import reference as logprobs_reference
@@ -86,6 +96,24 @@ def test_rows_that_fill_up_are_greedy_and_change_nothing() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="2 rows do not fit 1"):
         on_device(KINDS[:2], max_rows=1)
+
+
+def test_records_know_whether_anybody_asks_for_more_than_noise() -> None:
+    records = SamplingRecords(2)
+
+    def put(column: int, **parameters: Any) -> None:
+        records.put(column, RowSampling(seed=1, **parameters), prompt_len=1, place=column)
+
+    put(0, temperature=0.5, stop_token_ids=(3,))
+    assert records.asks_nothing
+    put(1, top_k=2)
+    assert not records.asks_nothing
+    records.drop(1)
+    assert records.asks_nothing
+    put(0, stop_token_ids=(3,), min_tokens=2)
+    assert not records.asks_nothing
+    put(0)
+    assert records.asks_nothing
 
 
 def test_columns_begin_where_wide_loads_may() -> None:
