@@ -88,6 +88,7 @@ def test_every_way_of_drawing(cpu_decoder: Decoder, gpu_decoder: Decoder) -> Non
     requests = [generate_request(i, prompt(2 + i, i), max_tokens=3, **sampling) for i, sampling in enumerate(SAMPLINGS)]
     run = run_on_gpu(gpu_decoder, requests, chunk=16)
     assert_same(run, cpu_engine(cpu_decoder, chunk=16).run(requests))
+    assert run.stream.num_uploads == run.stream.num_downloads == run.scheduler.statistics().num_steps
 
 
 def test_decode_steps_of_many_sizes(cpu_decoder: Decoder, gpu_decoder: Decoder) -> None:
