@@ -86,7 +86,7 @@ class EngineLoop:
                         case GenerateRequest():
                             event = self._add(message, connection)
                             if event is not None:
-                                outbox.put_events([event])
+                                outbox.put_told(StepEvents(events=[event]))
                         case CancelRequest():
                             self._scheduler.cancel(message.request_id, connection=connection)
                 self._changed.set()
@@ -138,8 +138,8 @@ class EngineLoop:
         """Take in results in the order of the plans and tell each server what it must hear."""
         while True:
             result = await self._ranks.wait_result()
-            for connection, events in self._scheduler.commit(result).items():
-                self._outboxes[connection].put_events(events)
+            for connection, told in self._scheduler.commit(result).items():
+                self._outboxes[connection].put_told(told)
             if trio.current_time() >= self._next_statistics:
                 self._put_statistics()
             self._changed.set()
@@ -156,7 +156,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._started: list[int] = []
-        self._events: list[TokenEvent] = []
+        self._told = StepEvents()
         self._statistics: EngineStatistics | None = None
         self._filled = trio.Event()
         self._is_sending = False  # what was taken last
@@ -166,8 +166,10 @@ class Outbox:
         self._started.append(request_id)
         self._filled.set()
 
-    def put_events(self, events: list[TokenEvent]) -> None:
-        self._events += events
+    def put_told(self, told: StepEvents) -> None:
+        """What the requests must hear of one step."""
+        # a frame has one token at most of each request beside its events: that of the last step
+        self._told = StepEvents(events=self._told.all_events() + told.events, tokens=told.tokens)
         self._filled.set()
 
     def put_statistics(self, statistics: EngineStatistics) -> None:
@@ -180,8 +182,11 @@ class Outbox:
         if not self._filled.is_set():
             self._all_sent.unpark_all()
         await self._filled.wait()
-        step_events = StepEvents(started=self._started, events=self._events, statistics=self._statistics)
-        self._started, self._events, self._statistics, self._filled = [], [], None, trio.Event()
+        told = self._told
+        step_events = StepEvents(
+            started=self._started, events=told.events, tokens=told.tokens, statistics=self._statistics
+        )
+        self._started, self._told, self._statistics, self._filled = [], StepEvents(), None, trio.Event()
         self._is_sending = True
         return step_events
 

@@ -8,7 +8,7 @@ know the token that the last one drew. Results come to `commit` in the order of 
 """
 
 from bisect import bisect_left, insort
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import asdict
 from itertools import count, islice
 from operator import attrgetter
@@ -18,17 +18,20 @@ from llmd.engine.block_pool import BlockPool
 from llmd.engine.counters import Counters
 from llmd.engine.fair_rounds import FairRounds
 from llmd.engine.prefix_cache import PrefixCache, extend_block_hashes
+from llmd.engine.rows import PlannedStep, Rows
 from llmd.engine.sequence import ConnectionId, Sequence
 from llmd.errors import LlmdError
-from llmd.protocol.generation import EngineStatistics, FinishReason, GenerateRequest, TokenEvent
-from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan, StepResult
+from llmd.protocol.generation import (
+    EngineStatistics,
+    FinishReason,
+    GenerateRequest,
+    StepEvents,
+    TokenEvent,
+    TokenLogprobs,
+)
+from llmd.protocol.steps import NewSequence, StepPlan, StepResult
 
 _order = attrgetter("order")
-
-
-def _is_prompt(share: tuple[int, Sequence]) -> bool:
-    """Whether it has more than one token to run."""
-    return share[0] > 1
 
 
 class RequestAlreadyOpen(LlmdError):
@@ -50,9 +53,9 @@ class Scheduler:
         self._open: dict[tuple[ConnectionId, int], Sequence] = {}  # by (connection, request id)
         self._waiting: list[Sequence] = []  # in order
         self._rounds = FairRounds()
-        self._running: dict[int, Sequence] = {}  # by sequence id
+        self._running: list[Sequence] = []  # in order
         self._dropped: list[int] = []  # sequence ids that the ranks must still be told to forget
-        self._in_flight: deque[StepPlan] = deque()
+        self._in_flight: deque[PlannedStep] = deque()
         self._arrivals = count()
         self._sequence_ids = count()
         self._step_ids = count()
@@ -114,44 +117,54 @@ class Scheduler:
         if not self._make_way():
             return None
         num_preemptions = self._counters.num_preemptions
-        shares = self._share_out()
-        new: list[NewSequence] = []
+        rows = self._share_out()
         # blocks that a preemption has just freed are for those that run
-        if self._counters.num_preemptions == num_preemptions:
-            new = self._admit(shares)
-        if not shares:
+        new = self._admit(rows) if self._counters.num_preemptions == num_preemptions else []
+        if not rows.sequences:
             return None
-        plan = self._plan_rows(shares, new)
+        step = rows.to_step(next(self._step_ids), dropped=self._dropped, new=new)
         self._dropped = []
-        self._in_flight.append(plan)
-        return plan
+        self._in_flight.append(step)
+        return step.plan
 
     def started(self, plan: StepPlan) -> list[tuple[ConnectionId, int]]:
-        """(connection, request id) of each of `plan.new`. To be asked before anything else happens to them."""
-        sequences = [self._running[new.sequence_id] for new in plan.new]
-        return [(sequence.connection, sequence.request.request_id) for sequence in sequences]
+        """(connection, request id) of each of `plan.new`, in the plan that was made last."""
+        sequences = self._in_flight[-1].sequences
+        # they are its last rows
+        new = islice(sequences, len(sequences) - len(plan.new), None)
+        return [(sequence.connection, sequence.request_id) for sequence in new]
 
-    def commit(self, result: StepResult) -> dict[ConnectionId, list[TokenEvent]]:
+    def commit(self, result: StepResult) -> dict[ConnectionId, StepEvents]:
         """Take in what the oldest plan in flight produced; returns what each connection must hear.
 
         Raises ValueError if the result is not that plan's.
         """
-        plan = self._in_flight.popleft()
+        plan, sequences = self._in_flight.popleft()
         if result.step_id != plan.step_id:
             raise ValueError(f"expected the result of step {plan.step_id}, not of step {result.step_id}")
         if len(result.token_ids) != sum(plan.samples):
             raise ValueError(f"step {plan.step_id} drew {len(result.token_ids)} tokens, not {sum(plan.samples)}")
         self._counters.count_step(sum(plan.num_tokens))
-        token_ids = iter(result.token_ids)
-        events: dict[ConnectionId, list[TokenEvent]] = {}
-        for step in plan.rows():
-            token_id = next(token_ids) if step.samples else None
-            # without a sequence of this id it has meanwhile finished, been cancelled or been preempted
-            if sequence := self._running.get(step.sequence_id):
-                event = self._commit_sequence(sequence, step, token_id, result)
+        told: defaultdict[ConnectionId, StepEvents] = defaultdict(StepEvents)
+        drawn = iter(result.token_ids)
+        token_ids = [next(drawn) if samples else None for samples in plan.samples]
+        for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
+            known = sequence.token_ids
+            if (
+                len(known) < sequence.commit_check_at
+                and token_id is not None
+                and token_id not in sequence.stop_token_ids
+            ):
+                known.append(token_id)
+                told[sequence.connection].tokens[sequence.request_id] = token_id
+            # otherwise it has meanwhile finished, been cancelled or been preempted
+            elif sequence.sequence_id == plan.sequence_ids[row]:
+                start = plan.starts[row]
+                event = self._commit_row(sequence, start, start + plan.num_tokens[row], token_id, result)
                 if event is not None:
-                    events.setdefault(sequence.connection, []).append(event)
-        return events
+                    told[sequence.connection].events.append(event)
+        self._counters.num_output_tokens += sum(step_events.num_tokens for step_events in told.values())
+        return told
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
@@ -164,7 +177,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Prove that each block is free or held by running sequences (contract C4). Raises RuntimeError: a bug."""
-        self._blocks.check(sequence.block_ids for sequence in self._running.values())
+        self._blocks.check(sequence.block_ids for sequence in self._running)
 
     def _refusal(self, request: GenerateRequest) -> str | None:
         """Why the request can never run, if so."""
@@ -184,50 +197,63 @@ class Scheduler:
             return True
         if self._in_flight:
             return False
-        for sequence in list(self._running.values()):
+        for sequence in self._running.copy():
             self._preempt(sequence)
         return True
 
     def _is_taken(self) -> bool:
         """Whether a sequence runs that must be alone. Then it is the only one."""
-        return any(sequence.must_be_alone for sequence in islice(self._running.values(), 1))
+        return bool(self._running) and self._running[0].must_be_alone
 
-    def _share_out(self) -> dict[Sequence, int]:
-        """How many tokens each running sequence gets in this step, with the blocks for them.
+    def _share_out(self) -> Rows:
+        """What the running sequences run in this step, with the blocks for it.
 
         Those with one token to run come first, so that a long prompt does not hold them up; both kinds in order. Only
-        they can lack a block: the others have had theirs since they were admitted. Then the last in order is preempted,
-        and so it never has a share yet; the last one itself waits, keeping what it has. The first always gets on.
+        they can lack a block: the others have had theirs since they were admitted.
         """
-        shares: dict[Sequence, int] = {}
+        rows = Rows()
         budget = self._limits.max_num_batched_tokens
-        in_order = sorted(self._running.values(), key=_order)
-        to_run = [(n, sequence) for sequence in in_order if (n := sequence.num_to_run) > 0]
-        to_run.sort(key=_is_prompt)
-        for num_to_run, sequence in to_run:
-            if sequence.sequence_id is None:  # preempted just now, below
-                continue
-            num_tokens = num_to_run if num_to_run < budget else budget
-            while num_tokens > 0 and not self._grow(sequence, num_tokens):
-                victim = max(self._running.values(), key=_order)
-                if victim is sequence:
-                    num_tokens = 0
-                else:
-                    self._preempt(victim)
-            if num_tokens > 0:
-                shares[sequence] = num_tokens
+        prompts: list[Sequence] = []
+        # while this goes on the last in order may be preempted, which never has a row yet
+        for sequence in self._running:
+            if len(rows.starts) == budget:
+                break
+            start, samples = sequence.num_planned, True
+            if start >= sequence.plan_check_at:
+                num_to_run = sequence.num_to_run
+                if num_to_run > 1:
+                    prompts.append(sequence)
+                if num_to_run != 1 or not self._make_room(sequence, rows):
+                    continue
+                samples = sequence.max_output_tokens > 0
+            sequence.num_planned = start + 1
+            rows.sequences.append(sequence)
+            rows.starts.append(start)
+            rows.samples.append(samples)
+        rows.num_tokens = [1] * len(rows.starts)
+        budget -= len(rows.starts)
+        for sequence in prompts:
+            # unless it was preempted just now
+            if budget > 0 and sequence.sequence_id is not None:
+                num_tokens = min(sequence.num_to_run, budget)
+                rows.add(sequence, num_tokens)
                 budget -= num_tokens
-        return shares
+        return rows
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Take the blocks that `num_tokens` more need; False if there are not enough."""
-        num_after = sequence.num_planned + num_tokens
-        if num_after <= len(sequence.block_ids) * self._block_size:
-            return True
-        taken = self._blocks.take(self._num_blocks(num_after) - len(sequence.block_ids))
-        if taken is None:
-            return False
-        sequence.block_ids += taken
+    def _make_room(self, sequence: Sequence, rows: Rows) -> bool:
+        """The block that one token more needs, if it needs one.
+
+        If there is none the last in order is preempted; the last one itself waits, keeping what it has: False. The
+        first always gets on.
+        """
+        if sequence.num_planned == len(sequence.block_ids) * self._block_size:
+            while (taken := self._blocks.take(1)) is None:
+                if self._running[-1] is sequence:
+                    return False
+                self._preempt(self._running[-1])
+            sequence.block_ids += taken
+            rows.new_block_ids[sequence.running_id] = taken
+        sequence.plan_check_at = min(len(sequence.block_ids) * self._block_size, sequence.num_to_compute)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -236,10 +262,10 @@ class Scheduler:
         insort(self._waiting, sequence, key=_order)
         self._counters.num_preemptions += 1
 
-    def _admit(self, shares: dict[Sequence, int]) -> list[NewSequence]:
-        """Let waiting sequences run with what is left of the budget, in order; adds to `shares`."""
+    def _admit(self, rows: Rows) -> list[NewSequence]:
+        """Let waiting sequences run with what is left of the budget, in order; adds to `rows`."""
         new: list[NewSequence] = []
-        budget = self._limits.max_num_batched_tokens - sum(shares.values())
+        budget = self._limits.max_num_batched_tokens - sum(rows.num_tokens)
         position = 0
         while budget > 0 and position < len(self._waiting) and len(self._running) < self._limits.max_num_seqs:
             if self._is_taken():
@@ -256,8 +282,10 @@ class Scheduler:
                 break
             del self._waiting[position]
             new.append(self._start(sequence, cached_ids, taken_ids))
-            shares[sequence] = min(budget, sequence.num_to_run)
-            budget -= shares[sequence]
+            rows.new_block_ids[sequence.running_id] = sequence.block_ids.copy()
+            num_tokens = min(sequence.num_to_run, budget)
+            rows.add(sequence, num_tokens)
+            budget -= num_tokens
         return new
 
     def _look_up(self, sequence: Sequence) -> tuple[list[int], bool]:
@@ -281,7 +309,7 @@ class Scheduler:
         sequence_id = next(self._sequence_ids)
         num_cached_tokens = len(cached_ids) * self._block_size
         sequence.start(sequence_id, cached_ids=cached_ids, taken_ids=taken_ids, num_cached_tokens=num_cached_tokens)
-        self._running[sequence_id] = sequence
+        insort(self._running, sequence, key=_order)
         _, priority, fair_round, _ = sequence.order
         self._rounds.begin(sequence.request.client, priority=priority, joined=fair_round)
         self._prefix_cache.expect(islice(sequence.block_hashes, len(cached_ids), None), sequence_id=sequence_id)
@@ -292,83 +320,54 @@ class Scheduler:
                 self._counters.prefix_cache_hits += num_cached_tokens
         return sequence.to_new_sequence(sequence_id)
 
-    def _plan_rows(self, shares: dict[Sequence, int], new: list[NewSequence]) -> StepPlan:
-        """A step of these shares."""
-        sequence_ids: list[int] = []
-        starts: list[int] = []
-        all_samples: list[bool] = []
-        new_block_ids: dict[int, list[int]] = {}
-        for sequence, num_tokens in shares.items():
-            assert sequence.sequence_id is not None
-            start = sequence.num_planned
-            samples = start + num_tokens == sequence.num_total and sequence.max_output_tokens > 0
-            if sequence.num_blocks_sent < len(sequence.block_ids):
-                new_block_ids[sequence.sequence_id] = sequence.block_ids[sequence.num_blocks_sent :]
-                sequence.num_blocks_sent = len(sequence.block_ids)
-            sequence.num_planned = start + num_tokens
-            sequence.num_samples_in_flight += samples
-            sequence_ids.append(sequence.sequence_id)
-            starts.append(start)
-            all_samples.append(samples)
-        return StepPlan(
-            step_id=next(self._step_ids),
-            dropped=self._dropped,
-            new=new,
-            new_block_ids=new_block_ids,
-            sequence_ids=sequence_ids,
-            starts=starts,
-            num_tokens=list(shares.values()),
-            samples=all_samples,
-        )
-
-    def _commit_sequence(
-        self, sequence: Sequence, step: SequenceStep, token_id: int | None, result: StepResult
+    def _commit_row(
+        self, sequence: Sequence, start: int, num_computed: int, token_id: int | None, result: StepResult
     ) -> TokenEvent | None:
-        """Take in one sequence's part of a step; returns what its client must hear, if anything."""
-        end = step.start + step.num_tokens
-        sequence.num_computed = end
-        if step.start < sequence.num_prompt_tokens:
-            self._counters.num_prompt_tokens += min(end, sequence.num_prompt_tokens) - step.start
-        sequence.prompt_logprobs += result.prompt_logprobs.get(step.sequence_id, ())
-        token_ids = []
+        """Take in one sequence's part of a step, tokens [start, num_computed) and what was drawn from the last one;
+        returns what its client must hear, if anything.
+        """
+        if start < sequence.num_prompt_tokens:
+            self._counters.num_prompt_tokens += min(num_computed, sequence.num_prompt_tokens) - start
+        sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.running_id, ())
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
         if token_id is not None:
             token_ids.append(token_id)
             sequence.token_ids.append(token_id)
-            sequence.num_samples_in_flight -= 1
-            self._counters.num_output_tokens += 1
             if sequence.must_be_alone:
                 self._clear(sequence)
-        if self._prefix_caching and end >= (sequence.num_blocks_published + 1) * self._block_size:
-            self._publish(sequence)
-        finish = sequence.finish_reason()
+            if sequence.wants_logprobs:
+                logprobs.append(result.logprobs[sequence.running_id])
+        if self._prefix_caching and num_computed >= (sequence.num_blocks_published + 1) * self._block_size:
+            self._publish(sequence, num_computed)
+        finish = sequence.finish_reason(num_computed=num_computed)
         if not token_ids and finish is None:
             return None
-        logprobs = [result.logprobs[step.sequence_id]] if step.sequence_id in result.logprobs else []
-        request_id = sequence.request.request_id
-        if sequence.has_reported:
-            event = TokenEvent(request_id=request_id, token_ids=token_ids, logprobs=logprobs, finish=finish)
-        else:
-            event = TokenEvent(
-                request_id=request_id,
-                token_ids=token_ids,
-                logprobs=logprobs,
-                prompt_logprobs=sequence.prompt_logprobs if sequence.wants_prompt_logprobs else None,
-                num_cached_tokens=sequence.num_cached_tokens,
-                finish=finish,
-            )
-            sequence.has_reported = True
+        event = sequence.report(token_ids, logprobs, finish)
         if finish is not None:
             self._close(sequence)
+        else:
+            sequence.commit_check_at = self._commit_check_at(sequence)
         return event
+
+    def _commit_check_at(self, sequence: Sequence) -> int:
+        """How many tokens it may have before the next one changes more than their number."""
+        if sequence.wants_logprobs:
+            return 0
+        check_at = sequence.num_prompt_tokens + sequence.max_output_tokens - 1
+        if self._prefix_caching:
+            # one token later the block is full and computed
+            check_at = min(check_at, (sequence.num_blocks_published + 1) * self._block_size)
+        return check_at
 
     def _clear(self, sequence: Sequence) -> None:
         """It has drawn a token and nothing broke: from now on it is one of many."""
         sequence.must_be_alone = False
         sequence.order = (True, *sequence.order[1:])
 
-    def _publish(self, sequence: Sequence) -> None:
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
         """Offer the full blocks that were completed to others."""
-        num_full = sequence.num_computed // self._block_size
+        num_full = num_computed // self._block_size
         self._extend_block_hashes(sequence)
         for index in range(sequence.num_blocks_published, num_full):
             self._prefix_cache.publish(sequence.block_hashes[index], sequence.block_ids[index])
@@ -385,7 +384,7 @@ class Scheduler:
 
     def _close(self, sequence: Sequence) -> None:
         """The request has ended: nothing of it is left but the word to the ranks."""
-        del self._open[sequence.connection, sequence.request.request_id]
+        del self._open[sequence.connection, sequence.request_id]
         if sequence.sequence_id is None:
             del self._waiting[bisect_left(self._waiting, sequence.order, key=_order)]
         else:
@@ -394,11 +393,10 @@ class Scheduler:
         self._rounds.end(sequence.request.client, priority=priority, joined=fair_round)
 
     def _stop_running(self, sequence: Sequence) -> None:
-        assert sequence.sequence_id is not None
-        del self._running[sequence.sequence_id]
-        self._dropped.append(sequence.sequence_id)
+        del self._running[bisect_left(self._running, sequence.order, key=_order)]
+        self._dropped.append(sequence.running_id)
         self._prefix_cache.expect_no_longer(
-            sequence.block_hashes, start=sequence.num_blocks_published, sequence_id=sequence.sequence_id
+            sequence.block_hashes, start=sequence.num_blocks_published, sequence_id=sequence.running_id
         )
         self._blocks.give_back(sequence.stop())
 

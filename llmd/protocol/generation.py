@@ -102,11 +102,20 @@ class EngineReady(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StepEvents(Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """One frame a step for all requests of a connection. `events` may be empty when only statistics changed."""
+    """One frame a step for all requests of a connection. Often it is one token for each: so they stand in columns."""
 
     started: list[int] = []  # request ids that begin to run (again); told before the ranks get the step
     events: list[TokenEvent] = []
+    tokens: dict[int, int] = {}  # request id → the token that is all that it must hear, after `events`
     statistics: EngineStatistics | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + sum([len(event.token_ids) for event in self.events])
+
+    def all_events(self) -> list[TokenEvent]:
+        """`events`, and one for each of `tokens`."""
+        return self.events + [TokenEvent(request_id=id_, token_ids=[token]) for id_, token in self.tokens.items()]
 
 
 ServerToEngine = GenerateRequest | CancelRequest

@@ -245,7 +245,7 @@ class EngineClient:
                     self.history = heard(self.history, message.statistics)
                 for request_id in message.started:
                     self._note_started(request_id)
-                for event in message.events:
+                for event in message.all_events():
                     self._deliver(event)
 
     def _submit_open(self) -> None:

@@ -102,8 +102,8 @@ class Drive:
         """Commit the oldest step in flight; returns its events."""
         _, result = self.in_flight.popleft()
         heard = {}
-        for connection, events in self.scheduler.commit(result).items():
-            for event in events:
+        for connection, told in self.scheduler.commit(result).items():
+            for event in told.all_events():
                 key = (connection, event.request_id)
                 self.hear(key, event)
                 heard[key] = event

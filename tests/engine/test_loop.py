@@ -61,7 +61,7 @@ class Server:
         return [message for message in self.received if isinstance(message, StepEvents)]
 
     def events(self, request_id: int) -> list[TokenEvent]:
-        return [event for frame in self.frames for event in frame.events if event.request_id == request_id]
+        return [event for frame in self.frames for event in frame.all_events() if event.request_id == request_id]
 
     def statistics(self) -> EngineStatistics | None:
         """The latest."""
@@ -393,7 +393,7 @@ def test_who_begins_to_run_is_told_before_there_is_any_result() -> None:
             engine.nursery.start_soon(answer_plans, engine.ranks[0], FakeRank(BLOCK_SIZE))
             await servers[1].read_until_end(5)
             started = [position for position, frame in enumerate(servers[1].frames) if frame.started == [5]]
-            first_token = min(position for position, frame in enumerate(servers[1].frames) if frame.events)
+            first_token = min(position for position, frame in enumerate(servers[1].frames) if frame.num_tokens)
             assert len(started) == 1
             assert started[0] <= first_token
 
@@ -428,7 +428,7 @@ def test_what_servers_must_hear_is_sent_before_a_lost_rank_ends_the_engine() -> 
     assert caught.group_contains(RankLost)
     assert [request_id for frame in heard for request_id in frame.started] == [1]
     expected = expected_completion(generate(1, [1, 2], 1)).token_ids
-    assert [token_id for frame in heard for event in frame.events for token_id in event.token_ids] == expected
+    assert [token_id for frame in heard for event in frame.all_events() for token_id in event.token_ids] == expected
 
 
 class ChokingScheduler(Scheduler):

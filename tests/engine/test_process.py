@@ -87,7 +87,7 @@ async def talk(engine: EngineProcess, *, lose_rank: bool) -> None:
             while finish is None:
                 for message in decoder.feed(await server.receive_some()):
                     received.append(message)
-                    for event in [] if isinstance(message, EngineReady) else message.events:
+                    for event in [] if isinstance(message, EngineReady) else message.all_events():
                         token_ids += event.token_ids
                         finish = event.finish
             assert received[0] == EngineReady(

@@ -1,0 +1,48 @@
+"""The rows of a step while it is planned, and the sequences that they run. Knows no queues and no block pool."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llmd.engine.sequence import Sequence
+from llmd.protocol.steps import NewSequence, StepPlan
+
+
+class PlannedStep(NamedTuple):
+    """A step in flight."""
+
+    plan: StepPlan
+    sequences: list[Sequence]  # of its rows; what a row was planned for may have stopped since, and run again
+
+
+@dataclass(slots=True)
+class Rows:
+    """The columns of a `StepPlan`, and the sequence of each row."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    new_block_ids: dict[int, list[int]] = field(default_factory=dict)
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        """So many tokens of it run next."""
+        start = sequence.num_planned
+        sequence.num_planned = start + num_tokens
+        self.sequences.append(sequence)
+        self.starts.append(start)
+        self.num_tokens.append(num_tokens)
+        # there is no token yet that could come after these
+        self.samples.append(sequence.num_planned >= sequence.num_known and sequence.max_output_tokens > 0)
+
+    def to_step(self, step_id: int, *, dropped: list[int], new: list[NewSequence]) -> PlannedStep:
+        plan = StepPlan(
+            step_id=step_id,
+            dropped=dropped,
+            new=new,
+            new_block_ids=self.new_block_ids,
+            sequence_ids=[sequence.running_id for sequence in self.sequences],
+            starts=self.starts,
+            num_tokens=self.num_tokens,
+            samples=self.samples,
+        )
+        return PlannedStep(plan, self.sequences)
