@@ -3,6 +3,9 @@
     servers ──► serve ──► Scheduler.add, cancel
                           Scheduler.plan ──► ranks ──► Scheduler.commit ──► Outbox of each connection ──► servers
 
+One task takes in a result, plans the next step and tells the servers, without a turn of Trio's loop in between: with
+few sequences those turns were most of the engine's time.
+
 Nobody waits for a server: what it has not read yet is gathered in its outbox, which is bounded by what its requests
 may still produce.
 """
@@ -15,6 +18,7 @@ import trio
 
 from llmd.engine.ranks import RankLost, Ranks
 from llmd.engine.scheduler import RequestAlreadyOpen, Scheduler
+from llmd.engine.sender import Sender
 from llmd.engine.sequence import ConnectionId
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import (
@@ -44,31 +48,33 @@ class EngineLoop:
         self._outboxes: dict[ConnectionId, Outbox] = {}
         self._connection_ids = count()
         self._changed = trio.Event()  # set when there may be something to plan
+        self._was_idle = False
         self._next_statistics = -float("inf")  # Trio's clock
 
     async def run(self) -> None:
         """Run steps until cancelled. Raises RankLost (in an exception group) when a rank is lost."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._ranks.watch)
+                nursery.start_soon(self._ranks.run)
                 nursery.start_soon(self._plan_steps)
                 nursery.start_soon(self._commit_steps)
         except* RankLost:
             # a server must know who was running, and who had got a token, to suspect the right request
             with trio.move_on_after(LAST_WORDS_TIMEOUT):
                 for outbox in list(self._outboxes.values()):
+                    outbox.flush()
                     await outbox.wait_all_sent()
             raise
 
     async def serve(self, stream: trio.abc.Stream) -> None:
         """Serve one server until its connection ends, however it ends; then all its requests are cancelled."""
         connection = ConnectionId(next(self._connection_ids))
-        outbox = Outbox()
+        outbox = Outbox(stream, self._ready)
         outbox.put_statistics(self._scheduler.statistics())
         self._outboxes[connection] = outbox
         try:
             async with stream, trio.open_nursery() as nursery:
-                nursery.start_soon(self._send, stream, outbox, nursery.cancel_scope)
+                nursery.start_soon(self._send, outbox, nursery.cancel_scope)
                 await self._receive(stream, connection, outbox)
                 nursery.cancel_scope.cancel()
         finally:
@@ -89,6 +95,7 @@ class EngineLoop:
                                 outbox.put_told(StepEvents(events=[event]))
                         case CancelRequest():
                             self._scheduler.cancel(message.request_id, connection=connection)
+                outbox.flush()
                 self._changed.set()
         except trio.BrokenResourceError:
             return  # gone without a goodbye: the same as an end
@@ -107,42 +114,54 @@ class EngineLoop:
             message = f"The engine could not take in this request: {type(error).__name__}. Its log has the details."
             return TokenEvent(request_id=request.request_id, finish=FinishReason.ERROR, error=message)
 
-    async def _send(self, stream: trio.abc.Stream, outbox: "Outbox", connection_scope: trio.CancelScope) -> None:
+    async def _send(self, outbox: "Outbox", connection_scope: trio.CancelScope) -> None:
         try:
-            await stream.send_all(encode_frame(self._ready))
-            while True:
-                await stream.send_all(encode_frame(await outbox.wait_step_events()))
+            await outbox.run()
         except trio.BrokenResourceError:
             connection_scope.cancel()
 
     async def _plan_steps(self) -> None:
-        """Plan whenever something has changed, up to as many steps in flight as the scheduler allows."""
-        was_idle = False
+        """Plan whenever requests have come or gone."""
         while True:
             self._changed = trio.Event()
-            while (plan := self._scheduler.plan()) is not None:
-                # its result may come, and end the last request, while it is being sent
-                was_idle = False
-                for connection, request_id in self._scheduler.started(plan):
-                    self._outboxes[connection].put_started(request_id)
-                await self._ranks.send(plan)
-            if self._scheduler.is_idle and not was_idle:
-                self._scheduler.check()
-                self._put_statistics()
-            elif not self._scheduler.is_idle and self._scheduler.num_in_flight == 0:
-                raise RuntimeError("requests are open and nothing can run: a bug of the scheduler")
-            was_idle = self._scheduler.is_idle
+            while self._plan():
+                # what comes meanwhile is in the next step
+                await trio.lowlevel.checkpoint()
+            self._flush()
             await self._changed.wait()
 
     async def _commit_steps(self) -> None:
-        """Take in results in the order of the plans and tell each server what it must hear."""
+        """Take in results in the order of the plans; plan what comes next, then tell each server what it must hear."""
         while True:
             result = await self._ranks.wait_result()
             for connection, told in self._scheduler.commit(result).items():
                 self._outboxes[connection].put_told(told)
+            while self._plan():
+                pass
             if trio.current_time() >= self._next_statistics:
                 self._put_statistics()
-            self._changed.set()
+            self._flush()
+
+    def _plan(self) -> bool:
+        """Have the ranks run one step more. False if there is none, or as many are in flight as may be."""
+        plan = self._scheduler.plan()
+        if plan is not None:
+            if plan.new:
+                for connection, request_id in self._scheduler.started(plan):
+                    self._outboxes[connection].put_started(request_id)
+                self._flush()
+            self._ranks.send(plan)
+        elif self._scheduler.is_idle and not self._was_idle:
+            self._scheduler.check()
+            self._put_statistics()
+        elif not self._scheduler.is_idle and self._scheduler.num_in_flight == 0:
+            raise RuntimeError("requests are open and nothing can run: a bug of the scheduler")
+        self._was_idle = self._scheduler.is_idle
+        return plan is not None
+
+    def _flush(self) -> None:
+        for outbox in self._outboxes.values():
+            outbox.flush()
 
     def _put_statistics(self) -> None:
         self._next_statistics = trio.current_time() + STATISTICS_INTERVAL
@@ -154,43 +173,44 @@ class EngineLoop:
 class Outbox:
     """What a server must still hear. A server that keeps up gets one frame a step; one that does not gets fewer."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: trio.abc.SendStream, ready: EngineReady) -> None:
+        self._sender = Sender(stream)
+        self._sender.put(encode_frame(ready))
         self._started: list[int] = []
         self._told = StepEvents()
         self._statistics: EngineStatistics | None = None
-        self._filled = trio.Event()
-        self._is_sending = False  # what was taken last
-        self._all_sent = trio.lowlevel.ParkingLot()
+        self._is_empty = True
 
     def put_started(self, request_id: int) -> None:
         self._started.append(request_id)
-        self._filled.set()
+        self._is_empty = False
 
     def put_told(self, told: StepEvents) -> None:
         """What the requests must hear of one step."""
         # a frame has one token at most of each request beside its events: that of the last step
         self._told = StepEvents(events=self._told.all_events() + told.events, tokens=told.tokens)
-        self._filled.set()
+        self._is_empty = False
 
     def put_statistics(self, statistics: EngineStatistics) -> None:
         self._statistics = statistics
-        self._filled.set()
+        self._is_empty = False
 
-    async def wait_step_events(self) -> StepEvents:
-        """Wait until there is something, and take all of it. To be called again once that is sent."""
-        self._is_sending = False
-        if not self._filled.is_set():
-            self._all_sent.unpark_all()
-        await self._filled.wait()
+    def flush(self) -> None:
+        """Send what was put, unless the server has not taken yet what was sent before: then `run` does, later."""
+        if self._is_empty or not self._sender.has_sent_all:
+            return
         told = self._told
-        step_events = StepEvents(
-            started=self._started, events=told.events, tokens=told.tokens, statistics=self._statistics
-        )
-        self._started, self._told, self._statistics, self._filled = [], StepEvents(), None, trio.Event()
-        self._is_sending = True
-        return step_events
+        frame = StepEvents(started=self._started, events=told.events, tokens=told.tokens, statistics=self._statistics)
+        self._started, self._told, self._statistics, self._is_empty = [], StepEvents(), None, True
+        self._sender.put(encode_frame(frame))
+
+    async def run(self) -> None:
+        """Send what `flush` could not, until cancelled. Raises trio.BrokenResourceError if the server is gone."""
+        while True:
+            self.flush()
+            await self._sender.send_rest()
 
     async def wait_all_sent(self) -> None:
         """Wait until nothing is left that the server has not been sent."""
-        while self._filled.is_set() or self._is_sending:
-            await self._all_sent.park()
+        while not (self._is_empty and self._sender.has_sent_all):
+            await self._sender.wait_all_sent()

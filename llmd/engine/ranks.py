@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 import trio
 
+from llmd.engine.sender import Sender
 from llmd.errors import LlmdError
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.steps import RankFailed, RankReady, StepPlan, StepResult, WorkerToEngine
@@ -28,6 +29,7 @@ class RankConnection:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
+        self._sender = Sender(stream)
         self._decoder: FrameDecoder[WorkerToEngine] = FrameDecoder(WorkerToEngine)
         self._received: deque[WorkerToEngine] = deque()
         self.name = "a rank that was still loading"
@@ -40,10 +42,15 @@ class RankConnection:
         self.name = f"rank {message.rank}"
         return message
 
-    async def send(self, frame: bytes) -> None:
-        """Raises RankLost."""
+    def send(self, frame: bytes) -> None:
+        """Have it sent, now or by `run`."""
+        self._sender.put(frame)
+
+    async def run(self) -> None:
+        """Send what does not go at once, until cancelled. Raises RankLost."""
         try:
-            await self._stream.send_all(frame)
+            while True:
+                await self._sender.send_rest()
         except trio.BrokenResourceError as error:
             raise RankLost(f"{self.name} is gone") from error
 
@@ -91,12 +98,12 @@ class Ranks:
         self.max_model_len = max_model_len  # the context that every rank allows
         self.vocab_size = vocab_size  # token ids that every rank knows are below this
 
-    async def send(self, plan: StepPlan) -> None:
-        """Have every rank run a step. May be called again before the result is there. Raises RankLost."""
+    def send(self, plan: StepPlan) -> None:
+        """Have every rank run a step. May be called again before the result is there. `run` must run."""
         self._num_plans += 1
         frame = encode_frame(plan)
         for connection in self._connections:
-            await connection.send(frame)
+            connection.send(frame)
 
     async def wait_result(self) -> StepResult:
         """Wait for the result of the oldest step that has none yet, from the last stage. Raises RankLost."""
@@ -104,11 +111,13 @@ class Ranks:
         self._num_results += 1
         return result
 
-    async def watch(self) -> None:
-        """Run until cancelled, and raise RankLost as soon as a rank is lost whose results nobody waits for, or when
-        the oldest step in flight has had no result for the step timeout.
+    async def run(self) -> None:
+        """Until cancelled, send what does not go at once, and raise RankLost as soon as a rank is lost whose results
+        nobody waits for, or when the oldest step in flight has had no result for the step timeout.
         """
         async with trio.open_nursery() as nursery:
+            for connection in self._connections:
+                nursery.start_soon(connection.run)
             if self._step_timeout < math.inf:
                 nursery.start_soon(self._watch_progress)
             for connection in self._connections[:-1]:

@@ -1,10 +1,13 @@
 """The rows of a step while it is planned, and the sequences that they run. Knows no queues and no block pool."""
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from llmd.engine.sequence import Sequence
 from llmd.protocol.steps import NewSequence, StepPlan
+
+_sequence_id = attrgetter("sequence_id")
 
 
 class PlannedStep(NamedTuple):
@@ -40,7 +43,7 @@ class Rows:
             dropped=dropped,
             new=new,
             new_block_ids=self.new_block_ids,
-            sequence_ids=[sequence.running_id for sequence in self.sequences],
+            sequence_ids=list(map(_sequence_id, self.sequences)),
             starts=self.starts,
             num_tokens=self.num_tokens,
             samples=self.samples,

@@ -9,6 +9,7 @@ know the token that the last one drew. Results come to `commit` in the order of 
 
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import count, islice
 from operator import attrgetter
@@ -32,6 +33,14 @@ from llmd.protocol.generation import (
 from llmd.protocol.steps import NewSequence, StepPlan, StepResult
 
 _order = attrgetter("order")
+
+
+def _by_row(token_ids: list[int], samples: list[bool]) -> Iterable[int | None]:
+    """The drawn tokens with a gap for each row that draws none."""
+    if len(token_ids) == len(samples):
+        return token_ids
+    drawn = iter(token_ids)
+    return [next(drawn) if samples_one else None for samples_one in samples]
 
 
 class RequestAlreadyOpen(LlmdError):
@@ -146,9 +155,8 @@ class Scheduler:
             raise ValueError(f"step {plan.step_id} drew {len(result.token_ids)} tokens, not {sum(plan.samples)}")
         self._counters.count_step(sum(plan.num_tokens))
         told: defaultdict[ConnectionId, StepEvents] = defaultdict(StepEvents)
-        drawn = iter(result.token_ids)
-        token_ids = [next(drawn) if samples else None for samples in plan.samples]
-        for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
+        columns = sequences, plan.sequence_ids, plan.starts, plan.num_tokens, _by_row(result.token_ids, plan.samples)
+        for sequence, sequence_id, start, num_tokens, token_id in zip(*columns, strict=True):
             known = sequence.token_ids
             if (
                 len(known) < sequence.commit_check_at
@@ -158,9 +166,8 @@ class Scheduler:
                 known.append(token_id)
                 told[sequence.connection].tokens[sequence.request_id] = token_id
             # otherwise it has meanwhile finished, been cancelled or been preempted
-            elif sequence.sequence_id == plan.sequence_ids[row]:
-                start = plan.starts[row]
-                event = self._commit_row(sequence, start, start + plan.num_tokens[row], token_id, result)
+            elif sequence.sequence_id == sequence_id:
+                event = self._commit_row(sequence, start, start + num_tokens, token_id, result)
                 if event is not None:
                     told[sequence.connection].events.append(event)
         self._counters.num_output_tokens += sum(step_events.num_tokens for step_events in told.values())
@@ -212,11 +219,12 @@ class Scheduler:
         they can lack a block: the others have had theirs since they were admitted.
         """
         rows = Rows()
+        sequences, starts, all_samples = rows.sequences, rows.starts, rows.samples
         budget = self._limits.max_num_batched_tokens
         prompts: list[Sequence] = []
         # while this goes on the last in order may be preempted, which never has a row yet
         for sequence in self._running:
-            if len(rows.starts) == budget:
+            if len(starts) == budget:
                 break
             start, samples = sequence.num_planned, True
             if start >= sequence.plan_check_at:
@@ -227,11 +235,11 @@ class Scheduler:
                     continue
                 samples = sequence.max_output_tokens > 0
             sequence.num_planned = start + 1
-            rows.sequences.append(sequence)
-            rows.starts.append(start)
-            rows.samples.append(samples)
-        rows.num_tokens = [1] * len(rows.starts)
-        budget -= len(rows.starts)
+            sequences.append(sequence)
+            starts.append(start)
+            all_samples.append(samples)
+        rows.num_tokens = [1] * len(starts)
+        budget -= len(starts)
         for sequence in prompts:
             # unless it was preempted just now
             if budget > 0 and sequence.sequence_id is not None:
