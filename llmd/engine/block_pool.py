@@ -32,7 +32,10 @@ class BlockPool:
 
         Returns the `count` block ids, or None if there are not enough.
         """
-        if count > self.num_free - sum(block_id in self._cached for block_id in sharing):
+        num_free = self.num_free
+        if sharing:
+            num_free -= sum(block_id in self._cached for block_id in sharing)
+        if count > num_free:
             return None
         for block_id in sharing:
             self._num_holders[block_id] += 1

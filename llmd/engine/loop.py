@@ -16,9 +16,9 @@ from itertools import count
 import msgspec
 import trio
 
+from llmd.engine.direct_io import Sender
 from llmd.engine.ranks import RankLost, Ranks
 from llmd.engine.scheduler import RequestAlreadyOpen, Scheduler
-from llmd.engine.sender import Sender
 from llmd.engine.sequence import ConnectionId
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.generation import (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 import trio
 
-from llmd.engine.sender import Sender
+from llmd.engine.direct_io import Sender, receive_some
 from llmd.errors import LlmdError
 from llmd.protocol.framing import FrameDecoder, encode_frame
 from llmd.protocol.steps import RankFailed, RankReady, StepPlan, StepResult, WorkerToEngine
@@ -64,7 +64,7 @@ class RankConnection:
     async def _receive(self) -> WorkerToEngine:
         while not self._received:
             try:
-                data = await self._stream.receive_some(_RECEIVE_SIZE)
+                data = await receive_some(self._stream, _RECEIVE_SIZE)
                 self._received.extend(self._decoder.feed(data))
             except trio.BrokenResourceError:
                 data = b""

@@ -1,11 +1,12 @@
 """The rows of a step while it is planned, and the sequences that they run. Knows no queues and no block pool."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
 from llmd.engine.sequence import Sequence
-from llmd.protocol.steps import NewSequence, StepPlan
+from llmd.protocol.steps import NewSequence, StepPlan, StepResult
 
 _sequence_id = attrgetter("sequence_id")
 
@@ -14,7 +15,23 @@ class PlannedStep(NamedTuple):
     """A step in flight."""
 
     plan: StepPlan
-    sequences: list[Sequence]  # of its rows; what a row was planned for may have stopped since, and run again
+    sequences: list[Sequence]  # of its rows; any may have stopped since, and run again under another id
+
+    def rows(self, result: StepResult) -> Iterator[tuple[Sequence, int, int, int, int | None]]:
+        """(sequence, its id then, start, number of tokens, drawn token) of each row.
+
+        Raises ValueError if the result is not this step's.
+        """
+        plan, token_ids = self.plan, result.token_ids
+        if result.step_id != plan.step_id:
+            raise ValueError(f"expected the result of step {plan.step_id}, not of step {result.step_id}")
+        if len(token_ids) != sum(plan.samples):
+            raise ValueError(f"step {plan.step_id} drew {len(token_ids)} tokens, not {sum(plan.samples)}")
+        drawn: Iterable[int | None] = token_ids
+        if len(token_ids) < len(plan.samples):
+            following = iter(token_ids)
+            drawn = [next(following) if samples else None for samples in plan.samples]
+        return zip(self.sequences, plan.sequence_ids, plan.starts, plan.num_tokens, drawn, strict=True)
 
 
 @dataclass(slots=True)

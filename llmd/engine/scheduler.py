@@ -9,7 +9,6 @@ know the token that the last one drew. Results come to `commit` in the order of 
 
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import count, islice
 from operator import attrgetter
@@ -33,14 +32,6 @@ from llmd.protocol.generation import (
 from llmd.protocol.steps import NewSequence, StepPlan, StepResult
 
 _order = attrgetter("order")
-
-
-def _by_row(token_ids: list[int], samples: list[bool]) -> Iterable[int | None]:
-    """The drawn tokens with a gap for each row that draws none."""
-    if len(token_ids) == len(samples):
-        return token_ids
-    drawn = iter(token_ids)
-    return [next(drawn) if samples_one else None for samples_one in samples]
 
 
 class RequestAlreadyOpen(LlmdError):
@@ -148,15 +139,10 @@ class Scheduler:
 
         Raises ValueError if the result is not that plan's.
         """
-        plan, sequences = self._in_flight.popleft()
-        if result.step_id != plan.step_id:
-            raise ValueError(f"expected the result of step {plan.step_id}, not of step {result.step_id}")
-        if len(result.token_ids) != sum(plan.samples):
-            raise ValueError(f"step {plan.step_id} drew {len(result.token_ids)} tokens, not {sum(plan.samples)}")
-        self._counters.count_step(sum(plan.num_tokens))
+        step = self._in_flight.popleft()
+        self._counters.count_step(sum(step.plan.num_tokens))
         told: defaultdict[ConnectionId, StepEvents] = defaultdict(StepEvents)
-        columns = sequences, plan.sequence_ids, plan.starts, plan.num_tokens, _by_row(result.token_ids, plan.samples)
-        for sequence, sequence_id, start, num_tokens, token_id in zip(*columns, strict=True):
+        for sequence, sequence_id, start, num_tokens, token_id in step.rows(result):
             known = sequence.token_ids
             if (
                 len(known) < sequence.commit_check_at
@@ -336,7 +322,8 @@ class Scheduler:
         """
         if start < sequence.num_prompt_tokens:
             self._counters.num_prompt_tokens += min(num_computed, sequence.num_prompt_tokens) - start
-        sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.running_id, ())
+        if result.prompt_logprobs:
+            sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.running_id, ())
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
         if token_id is not None:

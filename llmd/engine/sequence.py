@@ -55,6 +55,7 @@ class Sequence:
     num_cached_tokens: int | None = None  # prompt tokens that the prefix cache held at the first admission
     request_id: int = field(init=False)
     stop_token_ids: tuple[int, ...] = field(init=False)
+    wants_logprobs: bool = field(init=False)  # of what is drawn
     num_to_compute: int = field(init=False)  # tokens that run if it ends by its length: all but the last
     has_reported: bool = False  # its first event is out
     must_be_alone: bool = False  # nobody may run beside it: asked for, and it has drawn nothing yet
@@ -62,6 +63,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.request_id = self.request.request_id
         self.stop_token_ids = self.request.sampling.stop_token_ids
+        self.wants_logprobs = self.request.sampling.num_logprobs is not None
         # nothing is drawn from the last output token
         self.num_to_compute = self.num_prompt_tokens + max(self.max_output_tokens - 1, 0)
 
@@ -85,10 +87,6 @@ class Sequence:
     def num_to_run(self) -> int:
         """Tokens to catch up with."""
         return min(self.num_total, self.num_to_compute) - self.num_planned
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.request.sampling.num_logprobs is not None
 
     @property
     def wants_prompt_logprobs(self) -> bool:
