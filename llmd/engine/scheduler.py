@@ -143,13 +143,8 @@ class Scheduler:
         self._counters.count_step(sum(step.plan.num_tokens))
         told: defaultdict[ConnectionId, StepEvents] = defaultdict(StepEvents)
         for sequence, sequence_id, start, num_tokens, token_id in step.rows(result):
-            known = sequence.token_ids
-            if (
-                len(known) < sequence.commit_check_at
-                and token_id is not None
-                and token_id not in sequence.stop_token_ids
-            ):
-                known.append(token_id)
+            if start < sequence.commit_check_at and token_id not in sequence.stop_token_ids and token_id is not None:
+                sequence.token_ids.append(token_id)
                 told[sequence.connection].tokens[sequence.request_id] = token_id
             # otherwise it has meanwhile finished, been cancelled or been preempted
             elif sequence.sequence_id == sequence_id:
@@ -205,26 +200,30 @@ class Scheduler:
         they can lack a block: the others have had theirs since they were admitted.
         """
         rows = Rows()
-        sequences, starts, all_samples = rows.sequences, rows.starts, rows.samples
+        sequences, starts = rows.sequences, rows.starts
         budget = self._limits.max_num_batched_tokens
         prompts: list[Sequence] = []
+        without_output: list[int] = []
         # while this goes on the last in order may be preempted, which never has a row yet
         for sequence in self._running:
             if len(starts) == budget:
                 break
-            start, samples = sequence.num_planned, True
+            start = sequence.num_planned
             if start >= sequence.plan_check_at:
                 num_to_run = sequence.num_to_run
                 if num_to_run > 1:
                     prompts.append(sequence)
                 if num_to_run != 1 or not self._make_room(sequence, rows):
                     continue
-                samples = sequence.max_output_tokens > 0
+                if sequence.max_output_tokens == 0:
+                    without_output.append(len(starts))
             sequence.num_planned = start + 1
             sequences.append(sequence)
             starts.append(start)
-            all_samples.append(samples)
         rows.num_tokens = [1] * len(starts)
+        rows.samples = [True] * len(starts)
+        for row in without_output:
+            rows.samples[row] = False
         budget -= len(starts)
         for sequence in prompts:
             # unless it was preempted just now
@@ -341,19 +340,16 @@ class Scheduler:
         event = sequence.report(token_ids, logprobs, finish)
         if finish is not None:
             self._close(sequence)
-        else:
+        elif not sequence.wants_logprobs:
             sequence.commit_check_at = self._commit_check_at(sequence)
         return event
 
     def _commit_check_at(self, sequence: Sequence) -> int:
-        """How many tokens it may have before the next one changes more than their number."""
-        if sequence.wants_logprobs:
-            return 0
-        check_at = sequence.num_prompt_tokens + sequence.max_output_tokens - 1
-        if self._prefix_caching:
-            # one token later the block is full and computed
-            check_at = min(check_at, (sequence.num_blocks_published + 1) * self._block_size)
-        return check_at
+        """The start of the row that draws its last token or fills its next block."""
+        check_at = sequence.num_to_compute - 1
+        if not self._prefix_caching:
+            return check_at
+        return min(check_at, (sequence.num_blocks_published + 1) * self._block_size - 1)
 
     def _clear(self, sequence: Sequence) -> None:
         """It has drawn a token and nothing broke: from now on it is one of many."""

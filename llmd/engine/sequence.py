@@ -43,9 +43,9 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     num_blocks_published: int = 0  # of them, those that stand in the prefix cache or came from there
     num_planned: int = 0  # tokens whose KV is in the cache once the plans in flight have run
-    # Most steps do the same as the last one, for hundreds of sequences: as long as fewer tokens than these are planned,
-    # planning runs one more and draws one more, in a block that is there; as long as fewer are known, one that is drawn
-    # and no stop token ends nothing, completes no block and is all there is to tell. 0: no such promise.
+    # Most rows do what the last one did: nobody need look closer at one that starts before these. Its planning runs one
+    # token and draws one, in a block that is there; its commit, unless it drew a stop token, neither ends the sequence
+    # nor fills a block, and the token is all there is to tell. 0: look closer.
     plan_check_at: int = 0
     commit_check_at: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # collected until the first event
