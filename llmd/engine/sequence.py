@@ -78,15 +78,11 @@ class Sequence:
         return len(self.token_ids)
 
     @property
-    def num_total(self) -> int:
-        """Tokens that exist once the plans in flight have run: each that runs all there are draws one."""
-        draws = self.max_output_tokens > 0
-        return max(self.num_known, self.num_planned + draws)
-
-    @property
     def num_to_run(self) -> int:
         """Tokens to catch up with."""
-        return min(self.num_total, self.num_to_compute) - self.num_planned
+        # a plan that runs all there are draws one more
+        num_total = max(len(self.token_ids), self.num_planned + 1)
+        return min(num_total, self.num_to_compute) - self.num_planned
 
     @property
     def wants_prompt_logprobs(self) -> bool:
