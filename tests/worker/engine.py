@@ -39,7 +39,8 @@ class Engine:
         while not self.scheduler.is_idle:
             while plan := self.scheduler.plan():
                 launched.append(self.runner.launch(plan))
-            for event in self.scheduler.commit(launched.popleft().result()).get(CONNECTION, []):
+            told = self.scheduler.commit(launched.popleft().result())
+            for event in told[CONNECTION].all_events() if CONNECTION in told else ():
                 answer = answers[event.request_id]
                 answer.token_ids += event.token_ids
                 answer.logprobs += event.logprobs
