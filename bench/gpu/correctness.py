@@ -67,7 +67,7 @@ def _compile(machine: Machine, pool: Pool) -> Values:
             functools.partial(launch_linear, machine.sizes.model.linears["o"], COLUMNS[-1], tile_of(columns))
             for columns in COLUMNS
         ]
-    return compile_all(pool, machine.arch, works)
+    return compile_all(pool, machine, works)
 
 
 def run_case(name: str, index: int) -> None:

@@ -57,7 +57,7 @@ def _compile(machine: Machine, pool: Pool) -> Values:
             for num_seqs in sorted({num_seqs for num_seqs, _ in sizes.decode} | {16})
         ]
     works += shipped(SHIPPED, machine.arch)
-    return compile_all(pool, machine.arch, works[: sizes.sweep_configurations])
+    return compile_all(pool, machine, works[: sizes.sweep_configurations])
 
 
 def read_peaks(folder: Path) -> tuple[float, float] | None:

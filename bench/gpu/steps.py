@@ -58,7 +58,7 @@ def _compile(machine: Machine, pool: Pool) -> Values:
         for num_tokens in tokens
     ]
     works += shipped({"linear_draw": r"bfloat16 \d+×4096 → 128256"}, machine.arch)
-    return compile_all(pool, machine.arch, works[: machine.sizes.sweep_configurations])
+    return compile_all(pool, machine, works[: machine.sizes.sweep_configurations])
 
 
 def _time(model: LoadedModel, num_seqs: int, folder: Path) -> Values:

@@ -107,7 +107,7 @@ def _compile(machine: Machine, pool: Pool) -> Values:
         functools.partial(launch_attention, heads, machine.sizes.block_size, config)
         for config in attention_tiles(machine)
     ]
-    return compile_all(pool, machine.arch, works)
+    return compile_all(pool, machine, works)
 
 
 def _tried(time: Callable[[], Values]) -> Values:

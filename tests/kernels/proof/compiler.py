@@ -43,6 +43,7 @@ class Compiled:
     code: bytes
     num_warps: int
     shared_bytes: int
+    binary: Any  # as Triton has it
 
 
 @contextmanager
@@ -54,7 +55,8 @@ def compiled_for(arch: str) -> Iterator[list[Compiled]]:
     def run(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
         binary = real_run(kernel, *args, grid=grid, warmup=True, **options)
         code = binary.asm["cubin"] if arch.startswith("sm_") else binary.asm["amdgcn"].encode()
-        compiled.append(Compiled(kernel.fn.__name__, arch, code, binary.metadata.num_warps, binary.metadata.shared))
+        metadata = binary.metadata
+        compiled.append(Compiled(kernel.fn.__name__, arch, code, metadata.num_warps, metadata.shared, binary))
 
     JITFunction.run = run  # type: ignore[method-assign]
     try:
