@@ -21,7 +21,7 @@ from bench.gpu.results import Recorder, Values
 from llmd_kernels import AttentionBatch, linear, paged_attention
 from llmd_kernels.linear import triton_ops as linear_ops
 from llmd_kernels.paged_attention import torch_ops as attention_torch
-from tests.kernels.proof.checks import TOLERANCES, Proof, check_case, check_numbers, check_rows
+from tests.kernels.proof.checks import TOLERANCES, Proof, check_case, check_numbers, check_rows, sets_of
 from tests.kernels.proof.registry import PROOFS
 
 # What a proof gives to a kernel can be copied to a device, unless it holds addresses.
@@ -52,11 +52,12 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
-    """What the cases launch, and `linear` at all its sizes."""
+    """What cases and rows launch, and `linear` at all its sizes."""
     limit = machine.sizes.cases_per_proof
     works: list[Work] = []
     for proof in PROOFS[: None if limit is None else 1]:
         works += [functools.partial(run_case, proof.name, index) for index in range(len(proof.cases[:limit]))]
+        works += [functools.partial(run_rows, proof.name, index) for index in range(len(proof.rows[:limit]))]
     if limit is None:
         works += [
             functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
@@ -73,6 +74,12 @@ def _compile(machine: Machine, pool: Pool) -> Values:
 def run_case(name: str, index: int) -> None:
     proof = proof_of(name)
     proof.operation(**proof.cases[index].arguments)
+
+
+def run_rows(name: str, index: int) -> None:
+    rows = proof_of(name).rows[index]
+    for ids in sets_of(rows):
+        rows.run(ids)
 
 
 def tile_of(columns: int) -> LinearTile:

@@ -121,14 +121,19 @@ def check_numbers(proof: Proof, case: Case) -> float:
 
 def check_rows(rows: Rows, launching: Launching = interpreted) -> None:
     """Any rows, in any order, in any order of programs, alone or with all others: the same bits."""
-    generator = torch.Generator().manual_seed(0)
-    everything = torch.arange(rows.num_rows)
+    everything, *subsets = sets_of(rows)
     expected = _run(rows, everything, launching)
-    some = torch.randperm(rows.num_rows, generator=generator)
-    for shuffle, ids in enumerate((everything[:1], everything[-1:], some, some[: rows.num_rows // 2], everything[1:])):
+    for shuffle, ids in enumerate(subsets):
         for result, truth in zip(_run(rows, ids, launching, shuffle=shuffle), expected, strict=True):
             differing = (result.double() != truth[ids].double()).sum().item()
             assert differing == 0, f"{rows.name}: {differing} numbers differ for rows {ids.tolist()}"
+
+
+def sets_of(rows: Rows) -> list[Tensor]:
+    """The ids that are run together: all, then others."""
+    everything = torch.arange(rows.num_rows)
+    some = torch.randperm(rows.num_rows, generator=torch.Generator().manual_seed(0))
+    return [everything, everything[:1], everything[-1:], some, some[: rows.num_rows // 2], everything[1:]]
 
 
 def _run(rows: Rows, ids: Tensor, launching: Launching, *, shuffle: int | None = None) -> tuple[Tensor, ...]:
