@@ -32,7 +32,7 @@ KINDS = (dense, attention, drawing, quantized, chosen, stepping)
 
 
 def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> None:
-    recorder.row("compiling", lambda: _compile(machine, pool))
+    recorder.row("compiling", lambda: _compile(machine, pool), is_limited=False)
     peaks = read_peaks(folder)
     with machine.running():
         for kind in KINDS:

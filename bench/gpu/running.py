@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.gpu import results
-from bench.gpu.results import Origin, StageResult, Status, path_of
+from bench.gpu.results import GO_ON_STATUS, Origin, StageResult, Status, path_of
 
 # Between asking a stage to end and ending it.
 _GRACE = 3.0  # seconds
@@ -21,7 +21,10 @@ _GRACE = 3.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A command that writes `FOLDER/NAME.json`, and the seconds it may take."""
+    """A command that writes `FOLDER/NAME.json`, and the seconds it may take.
+
+    It is run again, with `--go-on`, where it ends with GO_ON_STATUS or in the middle of a row.
+    """
 
     name: str
     command: Sequence[str]
@@ -51,14 +54,13 @@ def _run(stage: Stage, folder: Path, origin: Origin, *, seconds: float) -> Stage
     status: Status = "cut"
     error = None
     if seconds > 0:
-        process = subprocess.Popen(stage.command, process_group=0)
-        try:
-            process.wait(seconds)
-            status, error = ("done", None) if process.returncode == 0 else ("failed", f"status {process.returncode}")
-        except subprocess.TimeoutExpired:
+        returned = _returned(stage.command, seconds)
+        while _can_go_on(returned, folder, stage.name):
+            returned = _returned((*stage.command, "--go-on"), started + seconds - time.monotonic())
+        if returned is None:
             error = f"not done after {seconds:.0f} s"
-        finally:
-            _end(process)
+        else:
+            status, error = ("done", None) if returned == 0 else ("failed", f"status {returned}")
     else:
         error = "no time was left"
     result = _read(folder, stage.name) or StageResult(stage.name, "running", origin)
@@ -67,6 +69,25 @@ def _run(stage: Stage, folder: Path, origin: Origin, *, seconds: float) -> Stage
         result = replace(result, status="failed" if status == "done" else status, error=error, seconds=took)
         results.write(path_of(folder, stage.name), result)
     return result
+
+
+def _can_go_on(returned: int | None, folder: Path, name: str) -> bool:
+    """Whether there is a row to go on behind. One that was being measured counts as failed."""
+    if returned in (0, None):
+        return False
+    result = _read(folder, name)
+    return returned == GO_ON_STATUS or (result is not None and result.is_in_row)
+
+
+def _returned(command: Sequence[str], seconds: float) -> int | None:
+    """Exit status; None if it was ended."""
+    process = subprocess.Popen(command, process_group=0)
+    try:
+        return process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -11,15 +11,27 @@ from bench.gpu.results import Origin, Recorder
 
 NAMES = ("device", "correctness", "kernels", "steps", "server", "sweep")
 
+# Seconds of a row on a GPU in this process.
+_ROW_LIMIT = 40.0
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("origin", help="as JSON; one of a rehearsal makes this one")
+    parser.add_argument("--go-on", action="store_true", help="behind the last row, also if that has failed")
     options = parser.parse_args()
     origin = Origin(**json.loads(options.origin))
-    recorder = Recorder(options.folder, options.name, origin)
+    is_here = options.name != "server" and not origin.rehearsal
+    recorder = Recorder(
+        options.folder,
+        options.name,
+        origin,
+        goes_on=options.go_on,
+        is_usable=_is_gpu_usable if is_here else lambda: True,
+        limit=_ROW_LIMIT if is_here else None,
+    )
     # Each imports what it needs and no more: torch takes seconds, and the server's stage leaves the GPU to the server.
     if options.name == "server":
         from bench.gpu import server
@@ -30,6 +42,17 @@ def main() -> None:
     else:
         _measure_here(options.name, recorder, options.folder, rehearsal=origin.rehearsal)
     recorder.finish()
+
+
+def _is_gpu_usable() -> bool:
+    """After an access to memory that is none, or a failed assertion, every call of CUDA fails in this process."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _measure_device(recorder: Recorder, *, rehearsal: bool) -> None:

@@ -34,7 +34,7 @@ _FIRST_STEPS = 4
 
 
 def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> None:
-    recorder.row("compiling", lambda: _compile(machine, pool))
+    recorder.row("compiling", lambda: _compile(machine, pool), is_limited=False)
     with tempfile.TemporaryDirectory() as temporary, machine.running(whole_model=True):
         started = time.perf_counter()
         model = load_model(machine, Path(temporary))

@@ -18,13 +18,24 @@ PROGRAM = """
 import os, subprocess, sys, time
 from pathlib import Path
 from bench.gpu.results import Origin, Recorder
-recorder = Recorder(Path(sys.argv[1]), sys.argv[2], Origin("2026-11-22", "a device", "abc", True))
-for name in sys.argv[3:]:
+goes_on = sys.argv[-1] == "--go-on"
+lost = []
+recorder = Recorder(
+    Path(sys.argv[1]), sys.argv[2], Origin("2026-11-22", "a device", "abc", True),
+    goes_on=goes_on, is_usable=lambda: not lost, limit=5.0,
+)
+def measure(name):
+    if name == "crash": os.kill(os.getpid(), 6)
+    if name == "stuck": time.sleep(600)
+    if name == "lose the device": lost.append(1)
+    if lost: raise RuntimeError("an illegal memory access was encountered")
+    return {"value": 1 / (name != "wrong")}
+for name in sys.argv[3:len(sys.argv) - goes_on]:
     if name == "hang":
         Path(sys.argv[1], "pid").write_text(str(subprocess.Popen(["sleep", "600"]).pid))
         time.sleep(600)
     if name == "die": os._exit(7)
-    recorder.row(name, lambda: {"value": 1 / (name != "wrong")})
+    recorder.row(name, lambda: measure(name))
 recorder.finish()
 """
 
@@ -84,6 +95,32 @@ def test_a_stage_that_dies_has_failed_with_its_status(tmp_path: Path) -> None:
     assert not run(tmp_path, stage(tmp_path, "one", "row", "die"))
     died = result(tmp_path, "one")
     assert (died.status, died.error, len(died.rows)) == ("failed", "status 7", 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("lose the device", "RuntimeError: an illegal memory access was encountered"),
+        ("crash", "its process ended before it was done"),
+        ("stuck", "hangs: not done after 5.0 s"),
+    ],
+)
+def test_what_ends_a_process_or_its_device_is_one_row_that_failed(
+    fault: str, error: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert not run(tmp_path, stage(tmp_path, "one", "first", "wrong", fault, "last"))
+    found = result(tmp_path, "one")
+    assert found.status == "done"
+    assert [row.name for row in found.rows] == ["first", "wrong", fault, "last"]
+    assert [row.error for row in found.rows] == [None, "ZeroDivisionError: division by zero", error, None]
+    assert f"FAILED {error}" in capfd.readouterr().out
+
+
+def test_no_process_begins_when_the_time_of_the_stage_is_over(tmp_path: Path) -> None:
+    assert not run(tmp_path, stage(tmp_path, "one", "first", "stuck", "last", deadline=4.5))
+    found = result(tmp_path, "one")
+    assert found.status == "cut"
+    assert [row.error for row in found.rows] == [None, "its process ended before it was done"]
 
 
 def test_stages_for_which_no_time_is_left_say_so(tmp_path: Path) -> None:
