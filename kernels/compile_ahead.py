@@ -1,12 +1,12 @@
 """Compile the kernels that a piece of work will launch, many at a time, before the work is done. Knows no kernel.
 
-A kernel is compiled when it is first launched, which takes a fifth of a second and more; a model needs dozens. Here the
-work is gone through once with tensors that have no memory. Triton keeps what it has compiled on disk, so a second start
-finds everything there.
+A kernel is compiled when it is first launched, which takes a fifth of a second and more; a model needs dozens. So does
+its launcher, a little C for each signature. Here the work is gone through once with tensors that have no memory. Triton
+keeps what it has compiled on disk, so a second start finds everything there.
 """
 
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,13 +73,34 @@ def compiling_ahead(*, num_threads: int) -> Iterator[Compilation]:
     try:
         with (
             ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as threads,
-            triton.AsyncCompileMode(threads, ignore_errors=True) as mode,
+            triton.AsyncCompileMode(_WithLaunchers(threads), ignore_errors=True) as mode,
         ):
             compilation = Compilation(threads, kernels=mode.raw_futures)
             yield compilation
     finally:
         dispatch.TRITON_DEVICES.discard(WITHOUT_MEMORY)
         JITFunction.run = launch
+
+
+@dataclass(frozen=True, slots=True)
+class _WithLaunchers:
+    """What Triton gives its compilations to."""
+
+    threads: ThreadPoolExecutor
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        return self.threads.submit(_with_launcher, compile_kernel)
+
+
+def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
+    """Triton makes a launcher when a kernel is first launched; of the next one it finds what it compiled for this."""
+    from triton.runtime import driver
+
+    kernel = compile_kernel()
+    # a driver that only compiles has none
+    if hasattr(driver.active, "launcher_cls"):
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 def _kind_of(argument: Any) -> Hashable:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from llmd_kernels import add_rms_norm, dispatch, gated_mul, linear
@@ -45,6 +46,44 @@ def test_each_kernel_is_compiled_once_and_for_all_processes(tmp_path: Path) -> N
         for _ in range(2)
     ]
     assert numbers == ["3\n", "0\n"]
+
+
+def launch_unknown(size: int) -> None:
+    """A kernel for a size that no other test of this process has."""
+    gated_mul(torch.empty(3, 2 * size, dtype=torch.bfloat16, device="meta"), "silu")
+
+
+def test_each_kernel_has_its_launcher_before_it_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles one in C for each signature, when a kernel is first launched."""
+    made: list[tuple[str, int]] = []
+    with absent_gpu("sm_90"), knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        monkeypatch.setattr(
+            driver.active,
+            "launcher_cls",
+            lambda source, metadata: made.append((source.name, metadata.num_warps)),
+            raising=False,
+        )
+        with compiling_ahead(num_threads=2) as compilation:
+            launch_unknown(1001)
+            launch_unknown(1001)
+            launch_unknown(1002)
+    assert made == [("gated_mul_kernel", 4)] * 2
+    assert [kernel.exception() for kernel in compilation.kernels] == [None] * 2
+
+
+def test_a_launcher_that_cannot_be_made_is_an_error_of_its_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(source: object, metadata: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    with absent_gpu("sm_90"), knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        monkeypatch.setattr(driver.active, "launcher_cls", no_compiler, raising=False)
+        with compiling_ahead(num_threads=2) as compilation:
+            launch_unknown(1003)
+    assert [str(kernel.exception()) for kernel in compilation.kernels] == ["Failed to find C compiler"]
 
 
 def test_afterwards_nothing_is_changed() -> None:
