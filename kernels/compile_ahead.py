@@ -1,8 +1,8 @@
 """Compile the kernels that a piece of work will launch, many at a time, before the work is done. Knows no kernel.
 
-A kernel is compiled when it is first launched, which takes a fifth of a second and more; a model needs dozens. So does
-its launcher, a little C for each signature. Here the work is gone through once with tensors that have no memory. Triton
-keeps what it has compiled on disk, so a second start finds everything there.
+A kernel is compiled when it is first launched, which takes a fifth of a second and more; a model needs dozens. With
+Triton 3.6 so is its launcher, a little C for each signature. Here the work is gone through once with tensors that have
+no memory. Triton keeps what it has compiled on disk, so a second start finds everything there.
 """
 
 import threading

@@ -10,7 +10,7 @@ from multiprocessing.pool import Pool
 from typing import NamedTuple
 
 import torch
-from triton.backends.nvidia.driver import CudaLauncher
+from triton.backends.nvidia import driver
 
 from bench.gpu.machine import Machine
 from bench.gpu.results import Values
@@ -90,8 +90,8 @@ def _compile(task: _Task) -> str:
             task.work()
         except Exception as failure:  # one that does not compile must not keep the others from it
             error = f"{type(failure).__name__}: {failure}"
-    if task.is_here:
-        # a little C for each signature, which would be compiled one after the other as kernels are first launched
+    # Triton 3.6 compiles a little C for each signature, one after the other, as kernels are first launched.
+    if task.is_here and hasattr(driver, "make_launcher"):
         for kernel in compiled:
-            CudaLauncher(kernel.binary.src, kernel.binary.metadata)
+            driver.CudaLauncher(kernel.binary.src, kernel.binary.metadata)
     return error

@@ -67,7 +67,8 @@ def test_kernels_have_their_launchers_where_there_is_a_gpu(
     def launcher(source: Any, metadata: Any) -> None:
         tmp_path.joinpath(f"launcher of {metadata.name} {source.hash()}").touch()
 
-    monkeypatch.setattr(compiling, "CudaLauncher", launcher)
+    monkeypatch.setattr(compiling.driver, "CudaLauncher", launcher)
+    monkeypatch.setattr(compiling.driver, "make_launcher", None, raising=False)
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"meta"})
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path / "cache")
