@@ -122,4 +122,9 @@ class Gpu:
         return CudaStream(self.device)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # Takes time to import.
+        from torch._inductor import config
+
+        # It has one kernel: to start a process for each core takes longer than to compile that here.
+        config.compile_threads = 1
         return torch.compile(function)
