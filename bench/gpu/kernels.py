@@ -26,6 +26,11 @@ SHIPPED = {
     "sample_on_device": r"float32 128256 (plain|filters)",
     "route": r"Qwen3-30B-A3B bfloat16",
     "experts": r"Qwen3-30B-A3B .*",
+    "rope_kv_write": r"Llama-3.1-8B bfloat16",
+    "add_rms_norm": r"bfloat16 4096",
+    "gated_mul": r"silu bfloat16 14336",
+    "paged_attention": r"work list",
+    "step_inputs": r"256 rows",
 }
 # In the order of what is wanted most, should time run out.
 KINDS = (dense, attention, drawing, quantized, chosen, stepping)
@@ -41,7 +46,7 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
-    """Those that take long or have many variants."""
+    """Nearly all; the rest is small and compiled as it comes."""
     sizes, model = machine.sizes, machine.sizes.model
     works: list[Work] = [
         functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))

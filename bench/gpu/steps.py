@@ -29,6 +29,17 @@ SAMPLINGS: tuple[Mapping[str, Any], ...] = (
     {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 8, "num_logprobs": 0},
     {"temperature": 1.0, "repetition_penalty": 1.2, "frequency_penalty": 0.1, "seed": 9},
 )
+# Configurations of the proofs that the model's steps launch: those of a proof whose names match.
+SHIPPED = {
+    "sample_on_device": r"float32 128256 .*",
+    "linear_draw": r"bfloat16 \d+×4096 → 128256",
+    "paged_attention": r"work list|16/16 bits, head size 128, block size 16",
+    "rope_kv_write": r"Llama-3.1-8B bfloat16",
+    "step_inputs": r"256 rows",
+    "rms_norm": r"bfloat16 4096",
+    "add_rms_norm": r"bfloat16 4096",
+    "gated_mul": r"silu bfloat16 14336",
+}
 # Steps before those that are timed: one brings the sequences, one runs launch by launch, one is captured.
 _FIRST_STEPS = 4
 
@@ -50,14 +61,14 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
-    """What takes longest; all the rest is small and compiled as it comes."""
+    """Nearly all that steps launch; the rest is small and compiled as it comes."""
     tokens = sorted({linear_ops.tile(num_tokens)[1] for num_tokens in (*machine.sizes.steps.buckets, 128)})
     works: list[Work] = [
         functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
         for shape in machine.sizes.model.linears.values()
         for num_tokens in tokens
     ]
-    works += shipped({"linear_draw": r"bfloat16 \d+×4096 → 128256"}, machine.arch)
+    works += shipped(SHIPPED, machine.arch)
     return compile_all(pool, machine, works[: machine.sizes.sweep_configurations])
 
 
