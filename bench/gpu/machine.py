@@ -1,7 +1,7 @@
 """The GPU as measurements see it: its clock, its recorded work, its sizes. `rehearsal` has one without a GPU."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -106,14 +106,17 @@ class Gpu:
             for call in calls:
                 call()
 
-        graph = torch.cuda.CUDAGraph()
+        graph, memory = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=memory):
                 again()
         except Exception:  # whatever a peer raises there
-            # A capture that cannot be ended leaves its own stream as the current one.
+            # A capture that cannot be ended leaves its own stream as the current one. And for the allocator of torch
+            # before 2.12 it goes on (pytorch#180395): it would refuse every later capture, and all memory when short.
             torch.cuda.set_stream(stream)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, memory)
             torch.cuda.synchronize(self.device)
             return Recorded(again, "calls")
         return Recorded(graph.replay, "graph")

@@ -35,8 +35,9 @@ class Capture:
 
     error: Exception | None = None
     streams: ClassVar[list[str]] = []  # that were made current
+    ended: ClassVar[list[tuple[int, str]]] = []  # device and memory of captures that the allocator was told to end
 
-    def __init__(self, graph: "Graph") -> None:
+    def __init__(self, graph: "Graph", *, pool: str) -> None:
         self.graph = graph
 
     def __enter__(self) -> Self:
@@ -68,11 +69,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "_sleep": lambda cycles: None,
         "current_stream": lambda device: "the stream that was current",
         "set_stream": Capture.streams.append,
+        "graph_pool_handle": lambda: "memory of a graph",
     }
     for name, answer in answers.items():
         # What is made up must exist.
         assert hasattr(torch.cuda, name)
         monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *ended: Capture.ended.append(ended))
     monkeypatch.setattr(Capture, "error", None)
     return Gpu()
 
@@ -90,6 +93,7 @@ def test_calls_are_captured_and_their_replays_are_timed(gpu: Gpu) -> None:
     timing = time_calls(gpu, [lambda: calls.append(0), lambda: calls.append(1)])
     # Once to compile and once to capture; replays call nothing.
     assert calls == [0, 1, 0, 1]
+    assert not Capture.ended
     assert (timing.how, timing.seconds) == ("graph", pytest.approx(0.5e-3))
 
 
@@ -99,6 +103,7 @@ def test_what_cannot_be_captured_is_called_and_says_so(gpu: Gpu, monkeypatch: py
     timing = time_calls(gpu, [lambda: calls.append(0)])
     assert timing.how == "calls"
     assert Capture.streams.pop() == "the stream that was current"
+    assert Capture.ended.pop() == (0, "memory of a graph")
     assert len(calls) > 2
 
 
