@@ -1,6 +1,7 @@
 """Where compiled Triton kernels are kept, so that a second start compiles nothing. Imports Triton only when asked."""
 
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ def keep_compiled_kernels(parent: Path, device: torch.device) -> Path:
     may share it. Raises OSError if it cannot be made.
     """
     import triton
+    from triton.runtime.cache import triton_key
 
+    # Before Triton looks for its first kernel it reads all of itself, 400 MB, to know which one it is.
+    threading.Thread(target=triton_key, name="triton version", daemon=True).start()
     name = re.sub(r"[^\w.+-]+", "-", torch.cuda.get_device_name(device))
     folder = parent / f"{name}-torch-{torch.__version__}-triton-{triton.__version__}"
     folder.mkdir(parents=True, exist_ok=True)

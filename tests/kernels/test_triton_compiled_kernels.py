@@ -1,5 +1,6 @@
 """A second start finds what the first one compiled. The GPU is only pretended."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.cache import triton_key
 
 from llmd_kernels import rms_norm
 from llmd_kernels.compiled_kernels import keep_compiled_kernels
@@ -24,6 +26,17 @@ def _cache_as_before() -> Iterator[None]:
     with triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         yield
     rms_norm_kernel.device_caches.clear()
+
+
+@pytest.mark.usefixtures("_cache_as_before")
+def test_what_triton_must_know_of_itself_is_found_out_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    triton_key.cache_clear()
+    keep_compiled_kernels(tmp_path, GPU)
+    for thread in threading.enumerate():
+        if thread.name == "triton version":
+            thread.join()
+    assert triton_key.cache_info().currsize == 1
 
 
 @pytest.mark.usefixtures("_cache_as_before")
