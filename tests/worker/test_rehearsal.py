@@ -16,6 +16,7 @@ from make_tiny_model import make_tiny_model
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from llmd.child import ControlChannel
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
@@ -212,6 +213,34 @@ def test_quantised_weights(case: str, tmp_path: Path) -> None:
 
 def test_a_float8_cache(tmp_path: Path) -> None:
     assert_all_found(make_tiny_model(tmp_path), seed=4, kv_dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gpt-oss", "deepseek v3", "qwen3 moe"])
+def test_kernels_are_given_tensors_of_one_device(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that was left on the host is one that interpreted kernels can read, and a GPU cannot."""
+    model_type, fields = reference_models.CASES[case]
+    model = reference_models.make_reference(model_type, fields | {"max_position_embeddings": MAX_MODEL_LEN})
+    folder = reference_models.save_reference(model, tmp_path)
+    devices: set[str] = set()
+    with absent_device(), compiling_ahead(num_threads=1):
+        launch = JITFunction.run
+
+        def watched(kernel: Any, *args: Any, **options: Any) -> Any:
+            devices.update(value.device.type for value in (*args, *options.values()) if isinstance(value, Tensor))
+            return launch(kernel, *args, **options)
+
+        monkeypatch.setattr(JITFunction, "run", watched)
+        # not `load_without_memory`, for which "meta" is where all tensors are that nobody has a device for
+        decoder = load_decoder(
+            folder, dtype=torch.bfloat16, device=torch.device("meta"), max_model_len=MAX_MODEL_LEN, dummy=True
+        )
+        runner = gpu_runner(decoder, NoStream(), kv_dtype=torch.bfloat16, with_graphs=True)
+        for _ in rehearse(
+            runner, max_num_seqs=MAX_NUM_SEQS, max_num_tokens=MAX_NUM_TOKENS, max_model_len=MAX_MODEL_LEN
+        ):
+            pass
+        monkeypatch.undo()
+    assert devices == {"meta"}
 
 
 def test_layers_that_are_alike_are_gone_through_once(tmp_path: Path) -> None:
