@@ -6,27 +6,28 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from multiprocessing.pool import Pool
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from bench.gpu.compiling import Work, compile_all, proof_of
 from bench.gpu.contexts import random_cache, random_on
-from bench.gpu.launches import LinearTile, launch_linear
+from bench.gpu.launches import launch_linear, with_tile
 from bench.gpu.launching import launched_on
 from bench.gpu.machine import Machine
 from bench.gpu.results import Recorder, Values
 from llmd_kernels import AttentionBatch, linear, paged_attention
 from llmd_kernels.linear import triton_ops as linear_ops
+from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, Tile
 from llmd_kernels.paged_attention import torch_ops as attention_torch
 from tests.kernels.proof.checks import TOLERANCES, Proof, check_case, check_numbers, check_rows, sets_of
 from tests.kernels.proof.registry import PROOFS
 
 # What a proof gives to a kernel can be copied to a device, unless it holds addresses.
 MOVABLE = tuple(proof for proof in PROOFS if not any(case.in_turns for case in proof.cases))
-# Columns of a matrix instruction that one row's bits must not depend on: those of wgmma, and a tile beyond today's.
+# Columns of a matrix instruction that one row's bits must not depend on: all that tiles have.
 COLUMNS = (16, 32, 64, 128, 256)
 # Errors of kernels, not those of calls that torch makes to find out what there is.
 _SANITIZER_FLAGS = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9")
@@ -47,6 +48,7 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool) -> None:
         recorder.row("paged_attention, shipped tiles", lambda: _check_attention(machine))
         recorder.row("linear, any number of tokens", lambda: _check_tokens(machine))
         recorder.row("linear, any number of columns", lambda: _check_columns(machine))
+        recorder.row("linear, any tile", lambda: _check_tiles(machine))
         recorder.row("paged_attention, any chunks", lambda: _check_chunks(machine))
         recorder.row("paged_attention, last to arrive", lambda: _stress(machine))
     recorder.row("compute-sanitizer", lambda: _sanitize(machine))
@@ -61,13 +63,13 @@ def _compile(machine: Machine, pool: Pool) -> Values:
         works += [functools.partial(run_rows, proof.name, index) for index in range(len(proof.rows[:limit]))]
     if limit is None:
         works += [
-            functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
+            functools.partial(launch_linear, shape, num_tokens)
             for shape in _small_linears(machine)
             for num_tokens in machine.sizes.invariant_tokens
         ]
         works += [
-            functools.partial(launch_linear, machine.sizes.model.linears["o"], COLUMNS[-1], tile_of(columns))
-            for columns in COLUMNS
+            functools.partial(launch_linear, machine.sizes.model.linears["o"], COLUMNS[-1], tile)
+            for tile in (*map(tile_of, COLUMNS), *_large_tiles(machine))
         ]
     return compile_all(pool, machine, works)
 
@@ -83,9 +85,15 @@ def run_rows(name: str, index: int) -> None:
         rows.run(ids)
 
 
-def tile_of(columns: int) -> LinearTile:
+def tile_of(columns: int) -> Tile:
     """Few stages, so that even the widest fits into shared memory."""
-    return 64, columns, 4, 3
+    return Tile(64, columns, 4, 3, splits=True)
+
+
+def _large_tiles(machine: Machine) -> list[Tile]:
+    """All that can be chosen for many tokens on this device, whatever its weights."""
+    device = DEVICES.get(machine.arch, ANY_DEVICE)
+    return [*(replace(tile, splits=True) for tile in device.tiles), *device.tiles_of_two_sums]
 
 
 def _check_cases(machine: Machine, proof: Proof) -> Values:
@@ -184,12 +192,26 @@ def _check_columns(machine: Machine) -> Values:
     x, weight = _operands(machine, num_tokens, num_inputs, num_outputs)
     results = {}
     for columns in COLUMNS:
-        with patch.object(linear_ops, "tile", lambda num_tokens, columns=columns, **_: tile_of(columns)):
+        with with_tile(tile_of(columns)):
             results[columns] = linear(x, weight)
     differing = {columns: _num_differing(result, results[COLUMNS[0]]) for columns, result in results.items()}
     wrong = [str(columns) for columns, number in differing.items() if number]
     assert not wrong, f"not as with {COLUMNS[0]} columns: {', '.join(wrong)}; numbers that differ: {differing}"
     return {"columns": ", ".join(map(str, COLUMNS)), "bitwise": True}
+
+
+def _check_tiles(machine: Machine) -> Values:
+    """Likewise, whichever of the tiles for many tokens is chosen: the bits that few tokens have."""
+    num_tokens = min(COLUMNS[-1], machine.sizes.invariant_tokens[-1])
+    x, weight = _operands(machine, num_tokens, *machine.sizes.model.linears["o"])
+    expected = torch.cat([linear(rows, weight) for rows in x.split(linear_ops.MAX_SPLIT_TOKENS)])
+    differing = {}
+    for tile in _large_tiles(machine)[: machine.sizes.sweep_configurations]:
+        with with_tile(tile):
+            differing[tile] = _num_differing(linear(x, weight), expected)
+    wrong = [f"{tile}: {number}" for tile, number in differing.items() if number]
+    assert not wrong, f"numbers that differ: {'; '.join(wrong)}"
+    return {"tiles": len(differing), "bitwise": True}
 
 
 def _check_chunks(machine: Machine) -> Values:

@@ -15,7 +15,6 @@ from bench.gpu.results import Recorder, Value, Values, path_of
 from bench.gpu.subject import Subject
 from bench.gpu.subjects import attention, chosen, dense, drawing, quantized, stepping
 from bench.gpu.timing import Timing, microseconds, num_input_sets, time_calls
-from llmd_kernels.linear import triton_ops as linear_ops
 from llmd_kernels.paged_attention.tiles import find_config
 
 OURS = "llmd"
@@ -49,7 +48,7 @@ def _compile(machine: Machine, pool: Pool) -> Values:
     """Nearly all; the rest is small and compiled as it comes."""
     sizes, model = machine.sizes, machine.sizes.model
     works: list[Work] = [
-        functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
+        functools.partial(launch_linear, shape, num_tokens)
         for shape in model.linears.values()
         for num_tokens in sizes.linear_tokens
     ]

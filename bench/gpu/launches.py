@@ -1,24 +1,29 @@
 """Launches for the compiler: with tensors that have no memory, as the measurements launch with real ones."""
 
+from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
 import torch
 
 from llmd_kernels import AttentionBatch
 from llmd_kernels.linear import triton_ops as linear_ops
+from llmd_kernels.linear.tiles import Tile
 from llmd_kernels.paged_attention import triton_ops as attention_ops
 from llmd_kernels.paged_attention.tiles import TileConfig
 from tests.kernels.proof.inputs import meta
 
-LinearTile = tuple[int, int, int, int]
 
-
-def launch_linear(shape: tuple[int, int], num_tokens: int, tile: LinearTile) -> None:
-    """shape: (inputs, outputs)."""
+def launch_linear(shape: tuple[int, int], num_tokens: int, tile: Tile | None = None) -> None:
+    """shape: (inputs, outputs). tile: None: the one that ships."""
     num_inputs, num_outputs = shape
     x, weight = meta(num_tokens, num_inputs, dtype=torch.bfloat16), meta(num_outputs, num_inputs, dtype=torch.bfloat16)
-    with patch.object(linear_ops, "tile", lambda num_tokens, **_: tile):
+    with with_tile(tile):
         linear_ops.linear(x, weight)
+
+
+def with_tile(tile: Tile | None) -> AbstractContextManager[object]:
+    """Inside, every launch of `linear` has this tile."""
+    return nullcontext() if tile is None else patch.object(linear_ops, "tile_of_launch", lambda *_, **__: tile)
 
 
 def launch_attention(heads: tuple[int, int, int], block_size: int, config: TileConfig, *, num_seqs: int = 16) -> None:

@@ -129,7 +129,7 @@ WHOLE = Sizes(
     stress_launches=100_000,
     stress_seconds=12.0,
     sweep_linears=("qkv", "o", "gate_up", "down"),
-    sweep_tokens=(16, 64, 256, 4096),
+    sweep_tokens=(1024, 256, 64, 2048, 8192, 16),
     # Numbers of sequences that are multiples of 16: others would be compiled again.
     sweep_decode=((32, 1024), (32, 8192), (256, 1024)),
     sweep_configurations=None,

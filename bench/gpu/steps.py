@@ -19,7 +19,6 @@ from bench.gpu.limits import Limits, Peaks
 from bench.gpu.machine import Machine
 from bench.gpu.results import Recorder, Values
 from llmd.protocol.generation import GenerateRequest
-from llmd_kernels.linear import triton_ops as linear_ops
 from tests.worker.engine import Answer, generate_request
 
 # How the requests that are compared draw their tokens, by turns.
@@ -62,11 +61,10 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
 
 def _compile(machine: Machine, pool: Pool) -> Values:
     """Nearly all that steps launch; the rest is small and compiled as it comes."""
-    tokens = sorted({linear_ops.tile(num_tokens)[1] for num_tokens in (*machine.sizes.steps.buckets, 128)})
     works: list[Work] = [
-        functools.partial(launch_linear, shape, num_tokens, linear_ops.tile(num_tokens))
+        functools.partial(launch_linear, shape, num_tokens)
         for shape in machine.sizes.model.linears.values()
-        for num_tokens in tokens
+        for num_tokens in (*machine.sizes.steps.buckets, *machine.sizes.steps.prompts)
     ]
     works += shipped(SHIPPED, machine.arch)
     return compile_all(pool, machine, works[: machine.sizes.sweep_configurations])

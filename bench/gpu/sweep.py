@@ -8,30 +8,31 @@ import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from bench.gpu.compiling import Work, compile_all
 from bench.gpu.contexts import random_cache
-from bench.gpu.launches import LinearTile, launch_attention, launch_linear
+from bench.gpu.launches import launch_attention, launch_linear, with_tile
 from bench.gpu.machine import Call, Machine
 from bench.gpu.results import Recorder, Value, Values
 from bench.gpu.timing import microseconds, num_input_sets, time_calls, time_made
 from llmd_kernels.linear import cost as linear_cost
 from llmd_kernels.linear import triton_ops as linear_ops
+from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, Tile, cycles
 from llmd_kernels.paged_attention import cost as attention_cost
 from llmd_kernels.paged_attention import triton_ops as attention_ops
 from llmd_kernels.paged_attention.tiles import TileConfig, find_config
 
 PROPOSAL_FILE = "tiles.json"
-LINEAR_FIELDS = ("outputs", "columns", "num_warps", "num_stages")
+LINEAR_FIELDS = tuple(Tile.__dataclass_fields__)
 ATTENTION_FIELDS = tuple(TileConfig.__dataclass_fields__)
-_SHARED_BYTES = 227 << 10  # of one program on sm_90
+# Tiles for many tokens are tried as long as their estimate is no worse than so many times the best.
+_HOPELESS = 1.6
 
 
 def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> None:
@@ -45,8 +46,8 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
             groups.setdefault("paged_attention", []).append(name)
         _write_proposal(folder, recorder, groups)
         for group, num_tokens, shape in _linears(machine):
-            for tile in linear_tiles(machine, num_tokens):
-                name = f"{group}, {_shown(dict(zip(LINEAR_FIELDS, tile, strict=True)))}"
+            for tile in linear_tiles(machine, num_tokens, shape):
+                name = f"{group}, {_shown(asdict(tile))}"
                 recorder.row(
                     name,
                     lambda shape=shape, num_tokens=num_tokens, tile=tile: _tried(
@@ -57,18 +58,35 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
             _write_proposal(folder, recorder, groups)
 
 
-def linear_tiles(machine: Machine, num_tokens: int) -> list[LinearTile]:
+def linear_tiles(machine: Machine, num_tokens: int, shape: tuple[int, int]) -> list[Tile]:
     """What ships first."""
-    shipped = linear_ops.tile(num_tokens)
-    found = [
-        (outputs, columns, num_warps, num_stages)
+    shipped = linear_ops.tile_of_launch(num_tokens, *shape, device=machine.device)
+    few = num_tokens <= linear_ops.MAX_SPLIT_TOKENS
+    found = _tiles_of_few(shipped) if few else _tiles_of_many(machine, num_tokens, shape)
+    return [shipped, *(tile for tile in found if tile != shipped)][: machine.sizes.sweep_configurations]
+
+
+def _tiles_of_few(shipped: Tile) -> list[Tile]:
+    return [
+        replace(shipped, outputs=outputs, num_warps=num_warps, num_stages=num_stages)
         for outputs in (64, 128)
-        for columns in sorted({shipped[1], min(256, 2 * shipped[1])} if num_tokens > shipped[1] else {shipped[1]})
         for num_warps in (4, 8)
         for num_stages in (3, 5)
-        if num_stages * (outputs + columns) * linear_ops.BLOCK_K * 2 <= _SHARED_BYTES
     ]
-    return [shipped, *(tile for tile in found if tile != shipped)][: machine.sizes.sweep_configurations]
+
+
+def _tiles_of_many(machine: Machine, num_tokens: int, shape: tuple[int, int]) -> list[Tile]:
+    """Those that can be chosen, the most promising first."""
+    num_inputs, num_outputs = shape
+    device, span = DEVICES.get(machine.arch, ANY_DEVICE), linear_ops.span_of(num_outputs, num_inputs)
+    found = list(device.tiles)
+    if span < num_inputs:
+        found = [*(replace(tile, splits=True) for tile in device.tiles), *device.tiles_of_two_sums]
+    times = {
+        tile: cycles(tile, (num_tokens, num_inputs, num_outputs), span, device, machine.num_processors)
+        for tile in found
+    }
+    return sorted((tile for tile in found if times[tile] <= _HOPELESS * min(times.values())), key=times.__getitem__)
 
 
 def attention_tiles(machine: Machine) -> list[TileConfig]:
@@ -99,7 +117,7 @@ def _compile(machine: Machine, pool: Pool) -> Values:
     works: list[Work] = [
         functools.partial(launch_linear, shape, num_tokens, tile)
         for _, num_tokens, shape in _linears(machine)
-        for tile in linear_tiles(machine, num_tokens)
+        for tile in linear_tiles(machine, num_tokens, shape)
     ]
     model = machine.sizes.model
     heads = (model.num_heads, model.num_kv_heads, model.head_dim)
@@ -118,7 +136,7 @@ def _tried(time: Callable[[], Values]) -> Values:
         return {"us": None, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _time_linear(machine: Machine, shape: tuple[int, int], num_tokens: int, tile: LinearTile) -> Values:
+def _time_linear(machine: Machine, shape: tuple[int, int], num_tokens: int, tile: Tile) -> Values:
     num_inputs, num_outputs = shape
 
     def make(seed: int) -> Call:
@@ -127,9 +145,9 @@ def _time_linear(machine: Machine, shape: tuple[int, int], num_tokens: int, tile
         return lambda: linear_ops.linear(x, weight)
 
     num_bytes = linear_cost.bytes_moved(num_tokens, num_inputs, num_outputs, itemsize=2)
-    with patch.object(linear_ops, "tile", lambda num_tokens, **_: tile):
+    with with_tile(tile):
         timing = time_made(machine, make, num_bytes=num_bytes)
-    return {"us": microseconds(timing), **dict(zip(LINEAR_FIELDS, tile, strict=True))}
+    return {"us": microseconds(timing), **asdict(tile)}
 
 
 Attend = Callable[[TileConfig], object]

@@ -1,14 +1,20 @@
 """`linear` in Triton: weights are the matrix units' rows, tokens their columns, so one token wastes 15 of 16.
 
 Every output is one chain over K: blocks of BLOCK_K in rising order within a span, spans added in rising order. Spans
-depend on the weight's shape alone. Few tokens: each span has programs of its own and a second launch adds them up;
-many: one program goes through all spans. Both do the same additions, so bits do not depend on the number of tokens.
+depend on the weight's shape alone. Either each span has programs of its own and a second launch adds them up, or one
+program goes through all spans. Both do the same additions, so bits do not depend on the number of tokens.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import current_target
+
+from llmd_kernels.dispatch import gpu_of
+from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, MASKED, Device, Tile, find_tile
 
 # Changing these changes the last bits of every result.
 BLOCK_K = 64
@@ -16,7 +22,7 @@ BLOCK_K = 64
 MIN_PROGRAMS = 128
 MIN_SPAN = 512
 
-# From this number of tokens on a program goes through all spans itself.
+# Up to this number of tokens every span has programs of its own; beyond it depends on which ends first.
 MAX_SPLIT_TOKENS = 64
 # Tiles of tokens that are computed side by side for one tile of weights, to share what the cache holds.
 GROUP = 8
@@ -30,18 +36,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     if num_tokens == 0:
         return y
-    outputs, tokens, num_warps, num_stages = tile(num_tokens, itemsize=x.itemsize)
     span = span_of(num_outputs, num_inputs)
     num_spans = triton.cdiv(num_inputs, span)
-    splits = num_spans > 1 and num_tokens <= MAX_SPLIT_TOKENS
+    launched = tile_of_launch(num_tokens, num_inputs, num_outputs, itemsize=x.itemsize, device=x.device)
     target = y
-    if splits:
+    if launched.splits:
         target = torch.empty(num_spans, num_tokens, num_outputs, dtype=torch.float32, device=x.device)
-    num_tiles = triton.cdiv(num_tokens, tokens) * triton.cdiv(num_outputs, outputs)
-    linear_kernel[(num_tiles, num_spans if splits else 1)](
+    num_tiles = triton.cdiv(num_tokens, launched.tokens) * triton.cdiv(num_outputs, launched.outputs)
+    linear_kernel[(num_tiles, num_spans if launched.splits else 1)](
         x,
         weight,
-        None if splits else bias,
+        None if launched.splits else bias,
         target,
         num_tokens,
         num_outputs,
@@ -49,15 +54,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight.stride(0),
         K=num_inputs,
         SPAN=span,
-        SPLITS=splits,
-        OUTPUTS=outputs,
-        TOKENS=tokens,
+        SPLITS=launched.splits,
+        OUTPUTS=launched.outputs,
+        TOKENS=launched.tokens,
         BLOCK=BLOCK_K,
         GROUP_SIZE=GROUP,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        num_warps=launched.num_warps,
+        num_stages=launched.num_stages,
     )
-    if splits:
+    if launched.splits:
         add_spans_kernel[(num_tokens, triton.cdiv(num_outputs, 1024))](
             target, bias, y, num_tokens, num_outputs, SPANS=num_spans, BLOCK=1024, num_warps=4
         )
@@ -72,8 +77,38 @@ def span_of(num_outputs: int, num_inputs: int) -> int:
     return int(triton.cdiv(triton.cdiv(num_inputs, num_spans), BLOCK_K)) * BLOCK_K
 
 
+def tile_of_launch(
+    num_tokens: int, num_inputs: int, num_outputs: int, *, itemsize: int = 2, device: torch.device
+) -> Tile:
+    """What each program of a launch of `linear` computes. No bit depends on it."""
+    span = span_of(num_outputs, num_inputs)
+    if num_tokens <= MAX_SPLIT_TOKENS or itemsize == 4:
+        return Tile(*tile(num_tokens, itemsize=itemsize), splits=span < num_inputs and num_tokens <= MAX_SPLIT_TOKENS)
+    if num_inputs % BLOCK_K:
+        return MASKED
+    kind, num_processors = _kind_of_device(), _num_processors(device)
+    return find_tile(num_tokens, num_inputs, num_outputs, span=span, device=kind, num_processors=num_processors)
+
+
+def _kind_of_device() -> Device:
+    """Of what Triton compiles for now; where that is nothing, kernels are interpreted."""
+    target = current_target()
+    if target is None:
+        return ANY_DEVICE
+    return DEVICES.get(target.arch if target.backend == "hip" else f"sm_{target.arch}", ANY_DEVICE)
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int | None:
+    """None where there is no device to ask."""
+    if gpu_of(device).type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(gpu_of(device)).multi_processor_count
+
+
 def tile(num_tokens: int, *, itemsize: int = 2) -> tuple[int, int, int, int]:
-    """(outputs and tokens of a program, warps, stages of its pipeline). No bit depends on them."""
+    """(outputs and tokens of a program, warps, stages of its pipeline) that fit any weight and device. No bit depends
+    on them."""
     if itemsize == 4:
         # No matrix instruction of NVIDIA's multiplies float32 whole: more tokens would spill.
         return 64, 16 if num_tokens <= 16 else 32, 4, 3

@@ -1,11 +1,14 @@
 """The proof of `linear` in Triton."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from llmd_kernels.linear import cost, reference, triton_ops
+from llmd_kernels.linear.tiles import DEVICES, MASKED, Tile
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
 from tests.kernels.proof.compiler import MATRIX
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
@@ -52,7 +55,7 @@ def cases() -> Iterator[Case]:
 
 
 def rows(num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.bfloat16) -> Rows:
-    """More rows than one program takes, so that some of the runs split K and some do not."""
+    """So many rows that some of the runs have programs for each span and some do not."""
     x = randn(70, num_inputs, dtype=dtype)
     w, bias = weight(num_outputs, num_inputs, dtype), randn(num_outputs, dtype=dtype, seed=2)
 
@@ -63,6 +66,38 @@ def rows(num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.bfloat16)
 
 
 def configurations() -> Iterator[Configuration]:
+    yield from shipped()
+    for arch, device in DEVICES.items():
+        for tile in device.tiles:
+            yield of_tile(arch, tile, "all of K", 4096, 28672)
+            yield of_tile(arch, replace(tile, splits=True), "a span of K", 4096, 4096)
+        for tile in device.tiles_of_two_sums:
+            yield of_tile(arch, tile, "two spans of K", 4096, 4096)
+        yield of_tile(arch, MASKED, "K masked", 4073, 4096, vector_share=0.0)
+
+
+def of_tile(
+    arch: str, tile: Tile, what: str, num_inputs: int, num_outputs: int, *, vector_share: float = 0.9
+) -> Configuration:
+    """What may be chosen for an architecture, whether today's models and steps have it chosen or not."""
+
+    def call() -> None:
+        with patch.object(triton_ops, "tile_of_launch", lambda *_, **__: tile):
+            triton_ops.linear(
+                meta(1024, num_inputs, dtype=torch.bfloat16), meta(num_outputs, num_inputs, dtype=torch.bfloat16)
+            )
+
+    return Configuration(
+        f"{tile.outputs}×{tile.tokens}, {tile.num_warps} warps, {tile.num_stages} stages, {what}",
+        call,
+        archs=[arch],
+        vector_share=vector_share,
+        matrix=MATRIX,
+    )
+
+
+def shipped() -> Iterator[Configuration]:
+    """As models have it, with the tile that is chosen."""
     for num_inputs, num_outputs in SHIPPED:
         for num_tokens in (16, 32, 64, 128):
             for dtype in (torch.bfloat16, torch.float16):
