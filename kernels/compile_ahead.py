@@ -105,6 +105,10 @@ def _with_launcher(compile_kernel: Callable[[], Any]) -> Any:
 
 def _kind_of(argument: Any) -> Hashable:
     """All that a kernel can depend on; of numbers more than that."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % _ALIGNMENT
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
     return type(argument), argument

@@ -5,11 +5,13 @@ What the proofs have (cases, rows, host code around kernels) stays as it is; onl
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @contextmanager
@@ -44,6 +46,8 @@ class _Copies:
         self._storages: dict[int, tuple[Tensor, Tensor]] = {}  # address → its bytes here and there
 
     def there(self, value: Any) -> Any:
+        if isinstance(value, TensorDescriptor):
+            return replace(value, base=self.there(value.base))
         if not isinstance(value, Tensor) or value.device.type != "cpu":
             return value
         storage = value.untyped_storage()

@@ -23,7 +23,7 @@ from bench.gpu.results import Recorder, Value, Values
 from bench.gpu.timing import microseconds, num_input_sets, time_calls, time_made
 from llmd_kernels.linear import cost as linear_cost
 from llmd_kernels.linear import triton_ops as linear_ops
-from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, Tile, cycles
+from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, Tile, candidates, cycles, with_pointers
 from llmd_kernels.paged_attention import cost as attention_cost
 from llmd_kernels.paged_attention import triton_ops as attention_ops
 from llmd_kernels.paged_attention.tiles import TileConfig, find_config
@@ -79,14 +79,13 @@ def _tiles_of_many(machine: Machine, num_tokens: int, shape: tuple[int, int]) ->
     """Those that can be chosen, the most promising first."""
     num_inputs, num_outputs = shape
     device, span = DEVICES.get(machine.arch, ANY_DEVICE), linear_ops.span_of(num_outputs, num_inputs)
-    found = list(device.tiles)
-    if span < num_inputs:
-        found = [*(replace(tile, splits=True) for tile in device.tiles), *device.tiles_of_two_sums]
+    size = num_tokens, num_inputs, num_outputs
     times = {
-        tile: cycles(tile, (num_tokens, num_inputs, num_outputs), span, device, machine.num_processors)
-        for tile in found
+        tile: cycles(tile, size, span, device, machine.num_processors)
+        for tile in candidates(device, has_spans=span < num_inputs)
     }
-    return sorted((tile for tile in found if times[tile] <= _HOPELESS * min(times.values())), key=times.__getitem__)
+    promising = [tile for tile, time in times.items() if time <= _HOPELESS * min(times.values())]
+    return with_pointers(sorted(promising, key=times.__getitem__))
 
 
 def attention_tiles(machine: Machine) -> list[TileConfig]:
@@ -105,11 +104,12 @@ def attention_tiles(machine: Machine) -> list[TileConfig]:
 
 
 def _linears(machine: Machine) -> list[tuple[str, int, tuple[int, int]]]:
+    """In the order of what is wanted most, should time run out."""
     shapes = machine.sizes.model.linears
     return [
         (f"linear {name}, {num_tokens} tokens", num_tokens, shapes[name])
-        for name in machine.sizes.sweep_linears
         for num_tokens in machine.sizes.sweep_tokens
+        for name in machine.sizes.sweep_linears
     ]
 
 

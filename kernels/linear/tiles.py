@@ -3,7 +3,8 @@
 No bit depends on the choice, so it may ask anything about the device. Nothing of it was measured.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 # Clock cycles of a program in which its multiprocessor multiplies nothing: the pipeline fills, the results are stored.
@@ -23,6 +24,8 @@ class Tile:
     num_warps: int
     num_stages: int  # of the pipeline that loads
     splits: bool = False  # each span of K has programs of its own, and a second launch adds the spans up
+    # The hardware brings whole blocks, told where by tensor descriptors (TMA); else each thread brings 16 bytes.
+    descriptors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,13 @@ class Device:
 # wgmma and tcgen05 read shared memory: 256 columns wait for it least, and loads of so large a tile take less of the
 # cache's bandwidth than there is. A program that has several spans adds them in registers, where two sums of 128×256
 # are more than there are.
-_WIDE = (Tile(128, 256, 8, 4), Tile(256, 128, 8, 4), Tile(128, 128, 8, 3), Tile(64, 128, 4, 4))
-_WIDE_OF_TWO_SUMS = (Tile(128, 128, 8, 4), Tile(64, 128, 4, 4))
+_WIDE = (
+    Tile(128, 256, 8, 4, descriptors=True),
+    Tile(256, 128, 8, 4, descriptors=True),
+    Tile(128, 128, 8, 3, descriptors=True),
+    Tile(64, 128, 4, 4, descriptors=True),
+)
+_WIDE_OF_TWO_SUMS = (Tile(128, 128, 8, 4, descriptors=True), Tile(64, 128, 4, 4, descriptors=True))
 # mma.sync and mfma multiply what is in registers; 128×256 leaves none for anything else.
 _NARROW = (Tile(128, 128, 8, 3), Tile(64, 128, 4, 3))
 
@@ -66,12 +74,25 @@ def find_tile(
 
     Numbers of tokens count by the power of two that holds them, so that a model needs few kernels.
     """
-    num_tokens = 1 << (num_tokens - 1).bit_length()
-    num_spans = -(-num_inputs // span)
-    whole = device.tiles if num_spans == 1 else device.tiles_of_two_sums
-    split = [replace(tile, splits=True) for tile in device.tiles] if num_spans > 1 else []
-    size = num_tokens, num_inputs, num_outputs
-    return min((*whole, *split), key=lambda tile: cycles(tile, size, span, device, num_processors))
+    return _find((1 << (num_tokens - 1).bit_length(), num_inputs, num_outputs), span, device, num_processors)
+
+
+@functools.cache
+def _find(size: tuple[int, int, int], span: int, device: Device, num_processors: int | None) -> Tile:
+    found = candidates(device, has_spans=span < size[1])
+    return min(found, key=lambda tile: cycles(tile, size, span, device, num_processors))
+
+
+def candidates(device: Device, *, has_spans: bool) -> list[Tile]:
+    """What can be chosen for a weight: if it has spans, programs that hold two sums, or programs for each span."""
+    if not has_spans:
+        return list(device.tiles)
+    return [*device.tiles_of_two_sums, *(replace(tile, splits=True) for tile in device.tiles)]
+
+
+def with_pointers(tiles: Iterable[Tile]) -> list[Tile]:
+    """These, and for those with descriptors the same with pointers, which is what rows that are not aligned have."""
+    return list(dict.fromkeys(one for tile in tiles for one in (tile, replace(tile, descriptors=False))))
 
 
 def cycles(tile: Tile, size: Sequence[int], span: int, device: Device, num_processors: int | None = None) -> float:

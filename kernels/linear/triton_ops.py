@@ -6,12 +6,14 @@ program goes through all spans. Both do the same additions, so bits do not depen
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import current_target
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmd_kernels.dispatch import gpu_of
 from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, MASKED, Device, Tile, find_tile
@@ -39,13 +41,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     span = span_of(num_outputs, num_inputs)
     num_spans = triton.cdiv(num_inputs, span)
     launched = tile_of_launch(num_tokens, num_inputs, num_outputs, itemsize=x.itemsize, device=x.device)
+    if launched.descriptors and not (_is_aligned(x) and _is_aligned(weight)):
+        launched = replace(launched, descriptors=False)
     target = y
     if launched.splits:
         target = torch.empty(num_spans, num_tokens, num_outputs, dtype=torch.float32, device=x.device)
     num_tiles = triton.cdiv(num_tokens, launched.tokens) * triton.cdiv(num_outputs, launched.outputs)
     linear_kernel[(num_tiles, num_spans if launched.splits else 1)](
-        x,
-        weight,
+        _descriptor(x, launched.tokens) if launched.descriptors else x,
+        _descriptor(weight, launched.outputs) if launched.descriptors else weight,
         None if launched.splits else bias,
         target,
         num_tokens,
@@ -55,6 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         K=num_inputs,
         SPAN=span,
         SPLITS=launched.splits,
+        DESCRIPTORS=launched.descriptors,
         OUTPUTS=launched.outputs,
         TOKENS=launched.tokens,
         BLOCK=BLOCK_K,
@@ -69,6 +74,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def _is_aligned(rows: Tensor) -> bool:
+    """Whether every row begins where a descriptor can point to."""
+    return rows.data_ptr() % 16 == 0 and rows.stride(0) * rows.itemsize % 16 == 0
+
+
+def _descriptor(rows: Tensor, num_rows: int) -> TensorDescriptor:
+    """Of blocks of so many rows; what lies beyond the end is zero. It is passed by value, so a graph keeps it."""
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [num_rows, BLOCK_K])
+
+
+@functools.cache
 def span_of(num_outputs: int, num_inputs: int) -> int:
     """Numbers of K that are summed before they are added to those of other spans."""
     num_spans = 1
@@ -91,10 +107,10 @@ def tile_of_launch(
 
 
 def _kind_of_device() -> Device:
-    """Of what Triton compiles for now; where that is nothing, kernels are interpreted."""
+    """Of what Triton compiles for now; where that is nothing, kernels are interpreted as an H100 has them."""
     target = current_target()
     if target is None:
-        return ANY_DEVICE
+        return DEVICES["sm_90"]
     return DEVICES.get(target.arch if target.backend == "hip" else f"sm_{target.arch}", ANY_DEVICE)
 
 
@@ -129,33 +145,67 @@ def linear_kernel(
     K: tl.constexpr,
     SPAN: tl.constexpr,
     SPLITS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """Grid: (tiles, spans if SPLITS). y [T, N]; if SPLITS float32 [spans, T, N] without bias."""
+    """Grid: (tiles, spans if SPLITS). y [T, N]; if SPLITS float32 [spans, T, N] without bias.
+
+    x, weight: pointers, or if DESCRIPTORS descriptors of blocks [TOKENS, BLOCK] and [OUTPUTS, BLOCK].
+    """
     output_tile, token_tile = tile_of(
         tl.program_id(0), tl.cdiv(num_outputs, OUTPUTS), tl.cdiv(num_tokens, TOKENS), GROUP_SIZE
     )
     outputs = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
     tokens = token_tile * TOKENS + tl.arange(0, TOKENS)
-    # Rows beyond the end read the last one: they are not stored, and loads without a mask stay wide and asynchronous.
-    weight_rows = weight + tl.minimum(outputs, num_outputs - 1).to(tl.int64)[:, None] * weight_stride
-    x_rows = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[None, :] * x_stride
+    if DESCRIPTORS:
+        weight_rows, x_rows = output_tile * OUTPUTS, token_tile * TOKENS
+    else:
+        # Rows beyond the end read the last: they are not stored, and loads without a mask stay wide and asynchronous.
+        weight_rows = weight + tl.minimum(outputs, num_outputs - 1).to(tl.int64)[:, None] * weight_stride
+        x_rows = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[None, :] * x_stride
     if SPLITS:
         first = tl.program_id(1) * SPAN
-        total = span_sum(weight_rows, x_rows, first, tl.minimum(first + SPAN, K), K, OUTPUTS, TOKENS, BLOCK)
+        end = tl.minimum(first + SPAN, K)
+        total = sum_of(weight, x, weight_rows, x_rows, first, end, K, DESCRIPTORS, OUTPUTS, TOKENS, BLOCK)
         y += tl.program_id(1).to(tl.int64) * num_tokens * num_outputs
     else:
-        total = span_sum(weight_rows, x_rows, 0, min(SPAN, K), K, OUTPUTS, TOKENS, BLOCK)
+        end = min(SPAN, K)
+        total = sum_of(weight, x, weight_rows, x_rows, 0, end, K, DESCRIPTORS, OUTPUTS, TOKENS, BLOCK)
         for first in range(SPAN, K, SPAN):
-            total += span_sum(weight_rows, x_rows, first, tl.minimum(first + SPAN, K), K, OUTPUTS, TOKENS, BLOCK)
+            end = tl.minimum(first + SPAN, K)
+            total += sum_of(weight, x, weight_rows, x_rows, first, end, K, DESCRIPTORS, OUTPUTS, TOKENS, BLOCK)
     if bias is not None:
         total += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[:, None]
     places = y + tokens.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
     mask = (tokens < num_tokens)[:, None] & (outputs < num_outputs)[None, :]
     tl.store(places, tl.trans(total).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sum_of(
+    weight,
+    x,
+    weight_rows,
+    x_rows,
+    first,
+    end,
+    K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`span_sum`; if DESCRIPTORS of blocks of weight and x, whose first rows are weight_rows and x_rows."""
+    if DESCRIPTORS:
+        total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+        for start in range(first, end, BLOCK):
+            total = tl.dot(weight.load([weight_rows, start]), tl.trans(x.load([x_rows, start])), total)
+    else:
+        total = span_sum(weight_rows, x_rows, first, end, K, OUTPUTS, TOKENS, BLOCK)
+    return total
 
 
 @triton.jit

@@ -67,7 +67,7 @@ EXPECTED = {
         "alone as in company": {"at once", "bitwise"},
         "whole prompts as in chunks": {"tokens", "bitwise"},
     },
-    "sweep": {"compiling": {"launches"}, "linear o, 3 tokens, 64 16 4 5 False": {"us", "outputs", "num_stages"}},
+    "sweep": {"compiling": {"launches"}, "linear o, 3 tokens, 64 16 4 5 False False": {"us", "outputs", "num_stages"}},
     "server": {
         "start, cold compile cache": {"port open s", "health answers s", "ready s", "first token s"},
         "start, warm compile cache": {"port open s", "ready s", "first token s"},

@@ -1,7 +1,6 @@
 """Which tile `linear` has for many tokens, and that none of them changes a bit."""
 
 import importlib.util
-from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -9,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmd_kernels.linear.tiles import DEVICES, MASKED, Tile, cycles, find_tile
+from llmd_kernels.linear.tiles import DEVICES, MASKED, Tile, candidates, cycles, find_tile
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is built for Linux alone", allow_module_level=True)
 
 from llmd_kernels.linear import triton_ops
-from tests.kernels.proof.inputs import randn
+from tests.kernels.proof.inputs import apart, randn
 from tests.kernels.proof.interpreter import interpreted
 
 # (inputs, outputs) of Llama-3.1-8B: fused qkv, output, gate and up, down.
@@ -41,12 +40,7 @@ def test_only_proven_tiles_are_chosen(arch: str, num_tokens: int, blocks: int, r
     num_inputs, num_outputs = blocks * triton_ops.BLOCK_K, rows * 8
     tile = chosen(num_tokens, num_inputs, num_outputs, arch=arch)
     has_spans = triton_ops.span_of(num_outputs, num_inputs) < num_inputs
-    device = DEVICES[arch]
-    if has_spans and not tile.splits:
-        assert tile in device.tiles_of_two_sums
-    else:
-        assert tile.splits == has_spans
-        assert replace(tile, splits=False) in device.tiles
+    assert tile in candidates(DEVICES[arch], has_spans=has_spans)
 
 
 def test_small_tiles_where_large_ones_would_leave_processors_idle() -> None:
@@ -71,13 +65,21 @@ def test_prompts_reach_the_goal_by_arithmetic(num_tokens: int) -> None:
     assert 615e12 < operations / seconds < 800e12
 
 
-@pytest.mark.parametrize("has_programs_for_spans", [False, True])
-def test_no_tile_changes_a_bit(has_programs_for_spans: bool) -> None:
-    x, weight = randn(90, 1024, dtype=torch.bfloat16), randn(72, 1024, dtype=torch.bfloat16, seed=1)
-    assert triton_ops.span_of(72, 1024) < 1024
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("splits", [False, True], ids=["one program", "programs for spans"])
+def test_no_tile_changes_a_bit(splits: bool, descriptors: bool) -> None:
+    x, weight = randn(66, 1024, dtype=torch.bfloat16), randn(40, 1024, dtype=torch.bfloat16, seed=1)
+    assert triton_ops.span_of(40, 1024) < 1024
     with interpreted():
-        expected = torch.cat([triton_ops.linear(rows, weight) for rows in x.split(45)])
+        expected = torch.cat([triton_ops.linear(rows, weight) for rows in x.split(33)])
     for shape in {(tile.outputs, tile.tokens) for tile in TILES}:
-        tile = Tile(*shape, num_warps=8, num_stages=3, splits=has_programs_for_spans)
+        tile = Tile(*shape, num_warps=8, num_stages=3, splits=splits, descriptors=descriptors)
         with patch.object(triton_ops, "tile_of_launch", lambda *_, tile=tile, **__: tile), interpreted(shuffle=1):
             assert torch.equal(triton_ops.linear(x, weight), expected), shape
+
+
+@pytest.mark.parametrize(("gap", "expected"), [(8, True), (1, False)])
+def test_descriptors_only_where_they_can_point(gap: int, expected: bool) -> None:
+    with interpreted() as launches:
+        triton_ops.linear(apart(randn(70, 64, dtype=torch.bfloat16), gap), randn(16, 64, dtype=torch.bfloat16))
+    assert [launch.arguments["DESCRIPTORS"] for launch in launches] == [expected]

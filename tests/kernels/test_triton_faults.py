@@ -65,7 +65,10 @@ FAULTS: dict[str, list[Fault]] = {
         ("all spans to one place", "y += tl.program_id(1)", "y += 0 * tl.program_id(1)"),
         ("bias for every span", "None if launched.splits else bias", "bias"),
         ("tiles beyond the end", "GROUP_SIZE)\n    within", "GROUP_SIZE) + 1\n    within"),
-        ("spans overlap", "tl.minimum(first + SPAN, K), K, OUTPUTS", "tl.minimum(first + SPAN + 64, K), K, OUTPUTS"),
+        ("spans overlap", "end = tl.minimum(first + SPAN, K)", "end = tl.minimum(first + SPAN + 64, K)"),
+        ("a descriptor's rows", "output_tile * OUTPUTS, token_tile * TOKENS", "output_tile * OUTPUTS, token_tile * OUTPUTS"),  # noqa: E501
+        ("a descriptor where rows are apart", "rows.stride(0) * rows.itemsize % 16 == 0", "rows.stride(0) >= 0"),
+        ("a descriptor of other rows", "list(rows.stride())", "[rows.shape[1], 1]"),
     ],
     "route": [
         ("padding chooses", "other=-1) >= 0", "other=-1) >= -1"),

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.proof.interpreter import interpreted
 from tests.kernels.proof.memory import OutOfBounds, Race
@@ -17,6 +18,12 @@ def copy_kernel(x, y, size, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     tl.store(y + i, tl.load(x + i, mask=mask).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def blocks_kernel(x, y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    tl.store(y + rows[:, None] * COLUMNS + columns, x.load([tl.program_id(0) * ROWS, 0]))
 
 
 @triton.jit
@@ -203,6 +210,22 @@ def test_a_length_that_is_one_too_long_is_out_of_bounds() -> None:
     lens = torch.tensor([40, 41], dtype=torch.int32)
     with interpreted(), pytest.raises(OutOfBounds, match="program 1: load"):
         loop_kernel[(2,)](torch.ones(2, 40), lens, torch.empty(2), SIZE=40, BLOCK=16)
+
+
+def test_a_descriptor_gives_zeros_beyond_the_end_and_reads_nothing_there() -> None:
+    x, y = torch.randn(5, 10).bfloat16(), torch.empty(8, 16, dtype=torch.bfloat16)
+    wide = torch.nn.functional.pad(x, (0, 6), value=torch.nan)
+    with interpreted() as launches:
+        descriptor = TensorDescriptor(wide, [5, 10], [16, 1], [4, 16])
+        blocks_kernel[(2,)](descriptor, y, ROWS=4, COLUMNS=16)
+    assert torch.equal(y, torch.nn.functional.pad(x, (0, 6, 0, 3)))
+    assert launches[0].memory.region("x").loaded == x.numel() * 2
+
+
+def test_a_descriptor_of_more_than_there_is_is_out_of_bounds() -> None:
+    x, y = torch.zeros(4, 16), torch.empty(8, 16)
+    with pytest.raises(OutOfBounds, match="load out of bounds"), interpreted():
+        blocks_kernel[(2,)](TensorDescriptor(x, [5, 16], [16, 1], [4, 16]), y, ROWS=4, COLUMNS=16)
 
 
 def test_overlapping_stores_are_a_race() -> None:

@@ -19,6 +19,8 @@ from triton import knobs
 from tests.kernels.proof.compiler import Compiled
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# How a load by a descriptor counts: whatever its size, one instruction of one thread brings a whole block.
+BLOCK_LOAD_BITS = 1024
 NVIDIA_MATRIX = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 AMD_LOAD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
 
@@ -97,7 +99,7 @@ def _nvidia_load_bits(name: str) -> int:
     """LDG.E.LTC128B.128 is a load of 128 bits with a hint; without a size it has 32. 0: not a global load."""
     parts = name.split(".")
     if parts[0] == "UTMALDG":
-        return 1024
+        return BLOCK_LOAD_BITS
     if parts[0] not in ("LDG", "LDGSTS"):
         return 0
     sizes = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}

@@ -59,6 +59,8 @@ class Configuration:
     archs: Sequence[str] = ()
     # The least part of loaded bytes that comes in wide loads, see `Listing.vector_share`.
     vector_share: float = 0.9
+    # The main loop loads by descriptors alone.
+    by_descriptors: bool = False
     # Kernels that load too little for that to matter.
     narrow: Sequence[str] = ()
     # For each architecture what the name of a matrix instruction must begin with, in one of the launched kernels.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.kernels.proof.binary import Listing, listing
+from tests.kernels.proof.binary import BLOCK_LOAD_BITS, Listing, listing
 from tests.kernels.proof.checks import Configuration
 from tests.kernels.proof.compiler import Compiled, compiled_for
 
@@ -40,6 +40,9 @@ def check_configuration(configuration: Configuration, arch: str) -> list[Passed]
     assert not expected or any(name.startswith(expected) for name in matrix), (
         f"{configuration.name} on {arch}: no {expected} instruction, only {', '.join(matrix) or 'none'}"
     )
+    assert not configuration.by_descriptors or any(
+        kernel.listing.loads_in_loop and set(kernel.listing.loads) == {BLOCK_LOAD_BITS} for kernel in passed
+    ), f"{configuration.name} on {arch}: no loop that loads by descriptors alone"
     return passed
 
 

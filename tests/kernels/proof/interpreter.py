@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra import cuda, libdevice
 from triton.runtime import interpreter as stock
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.proof.builder import Builder
 from tests.kernels.proof.memory import Memory
@@ -99,7 +100,10 @@ def _launch(
     bound.apply_defaults()
     sizes = grid(bound.arguments) if callable(grid) else grid
     num_x, num_y, num_z = (*sizes, 1, 1, 1)[:3]
-    tensors = {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
+    pointers = {
+        name: value.base if isinstance(value, TensorDescriptor) else value for name, value in bound.arguments.items()
+    }
+    tensors = {name: value for name, value in pointers.items() if isinstance(value, Tensor)}
     memory = Memory(tensors, num_x * num_y * num_z)
     builder = Builder(memory, check_overflow=check_overflow)
     builder.set_grid_dim(num_x, num_y, num_z)

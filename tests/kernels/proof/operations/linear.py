@@ -1,14 +1,13 @@
 """The proof of `linear` in Triton."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from llmd_kernels.linear import cost, reference, triton_ops
-from llmd_kernels.linear.tiles import DEVICES, MASKED, Tile
+from llmd_kernels.linear.tiles import DEVICES, MASKED, Tile, candidates, with_pointers
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
 from tests.kernels.proof.compiler import MATRIX
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
@@ -44,6 +43,10 @@ def cases() -> Iterator[Case]:
             )
     x = apart(randn(5, 96, dtype=torch.bfloat16))
     yield Case("rows apart", {"x": x, "weight": apart(weight(40, 96, torch.bfloat16)), "bias": None})
+    # The first have descriptors, to the others none can point.
+    for gap in (8, 1):
+        x, w = apart(randn(70, 128, dtype=torch.bfloat16), gap), weight(40, 128, torch.bfloat16)
+        yield Case(f"many rows, {gap} apart", {"x": x, "weight": w, "bias": None})
     moved = cost.bytes_moved(3, 512, 640, itemsize=2)
     yield Case(
         "weights are read once",
@@ -68,11 +71,12 @@ def rows(num_inputs: int, num_outputs: int, dtype: torch.dtype = torch.bfloat16)
 def configurations() -> Iterator[Configuration]:
     yield from shipped()
     for arch, device in DEVICES.items():
-        for tile in device.tiles:
+        for tile in with_pointers(candidates(device, has_spans=False)):
             yield of_tile(arch, tile, "all of K", 4096, 28672)
-            yield of_tile(arch, replace(tile, splits=True), "a span of K", 4096, 4096)
-        for tile in device.tiles_of_two_sums:
-            yield of_tile(arch, tile, "two spans of K", 4096, 4096)
+        for tile in with_pointers(candidates(device, has_spans=True)):
+            yield of_tile(arch, tile, "a span of K" if tile.splits else "two spans of K", 4096, 4096)
+            if not tile.splits:
+                yield of_tile(arch, tile, "four spans of K", 2048, 1024)
         yield of_tile(arch, MASKED, "K masked", 4073, 4096, vector_share=0.0)
 
 
@@ -88,10 +92,12 @@ def of_tile(
             )
 
     return Configuration(
-        f"{tile.outputs}×{tile.tokens}, {tile.num_warps} warps, {tile.num_stages} stages, {what}",
+        f"{tile.outputs}×{tile.tokens}, {tile.num_warps} warps, {tile.num_stages} stages, "
+        f"{'descriptors' if tile.descriptors else 'pointers'}, {what}",
         call,
         archs=[arch],
         vector_share=vector_share,
+        by_descriptors=tile.descriptors,
         matrix=MATRIX,
     )
 
