@@ -19,7 +19,7 @@ from bench.gpu.machine import Machine
 from bench.gpu.results import Recorder, Values
 from llmd_kernels import AttentionBatch, linear, paged_attention
 from llmd_kernels.linear import triton_ops as linear_ops
-from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, Tile, candidates, with_pointers
+from llmd_kernels.linear.tiles import Tile, candidates, find_device, with_pointers
 from llmd_kernels.paged_attention import torch_ops as attention_torch
 from tests.kernels.proof.checks import TOLERANCES, Proof, check_case, check_numbers, check_rows, sets_of
 from tests.kernels.proof.registry import PROOFS
@@ -91,7 +91,7 @@ def tile_of(columns: int) -> Tile:
 
 def _large_tiles(machine: Machine) -> list[Tile]:
     """All that can be chosen for many tokens on this device, whatever its weights."""
-    return with_pointers(candidates(DEVICES.get(machine.arch, ANY_DEVICE), has_spans=True))
+    return with_pointers(candidates(find_device(machine.arch), has_spans=True))
 
 
 def _check_cases(machine: Machine, proof: Proof) -> Values:

@@ -23,7 +23,7 @@ from bench.gpu.results import Recorder, Value, Values
 from bench.gpu.timing import microseconds, num_input_sets, time_calls, time_made
 from llmd_kernels.linear import cost as linear_cost
 from llmd_kernels.linear import triton_ops as linear_ops
-from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, Tile, candidates, cycles, with_pointers
+from llmd_kernels.linear.tiles import Tile, candidates, cycles, find_device, with_pointers
 from llmd_kernels.paged_attention import cost as attention_cost
 from llmd_kernels.paged_attention import triton_ops as attention_ops
 from llmd_kernels.paged_attention.tiles import TileConfig, find_config
@@ -78,7 +78,7 @@ def _tiles_of_few(shipped: Tile) -> list[Tile]:
 def _tiles_of_many(machine: Machine, num_tokens: int, shape: tuple[int, int]) -> list[Tile]:
     """Those that can be chosen, the most promising first."""
     num_inputs, num_outputs = shape
-    device, span = DEVICES.get(machine.arch, ANY_DEVICE), linear_ops.span_of(num_outputs, num_inputs)
+    device, span = find_device(machine.arch), linear_ops.span_of(num_outputs, num_inputs)
     size = num_tokens, num_inputs, num_outputs
     times = {
         tile: cycles(tile, size, span, device, machine.num_processors)

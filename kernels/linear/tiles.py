@@ -59,12 +59,16 @@ DEVICES = {
     "sm_89": Device(142, 512, 20, _NARROW, _NARROW),
     "sm_90": Device(132, 2048, 40, _WIDE, _WIDE_OF_TWO_SUMS),
     "sm_100": Device(148, 4096, 40, _WIDE, _WIDE_OF_TWO_SUMS),
+    "sm_120": Device(170, 512, 20, _NARROW, _NARROW),
     "gfx942": Device(304, 1024, 50, _NARROW, _NARROW),
 }
-# Others have the tiles that fit everywhere.
-ANY_DEVICE = DEVICES["sm_86"]
 # For weights whose rows are no whole number of turns: loads are masked, perhaps narrow, and need registers.
 MASKED = Tile(64, 64, 8, 3)
+
+
+def find_device(arch: str) -> Device:
+    """arch: "sm_90", "gfx942". One that is not known has the tiles that fit everywhere."""
+    return DEVICES.get("sm_100" if arch == "sm_103" else arch, DEVICES["sm_86"])
 
 
 def find_tile(

@@ -16,7 +16,7 @@ from triton.language.target_info import current_target
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmd_kernels.dispatch import gpu_of
-from llmd_kernels.linear.tiles import ANY_DEVICE, DEVICES, MASKED, Device, Tile, find_tile
+from llmd_kernels.linear.tiles import MASKED, Device, Tile, find_device, find_tile
 
 # Changing these changes the last bits of every result.
 BLOCK_K = 64
@@ -110,8 +110,8 @@ def _kind_of_device() -> Device:
     """Of what Triton compiles for now; where that is nothing, kernels are interpreted as an H100 has them."""
     target = current_target()
     if target is None:
-        return DEVICES["sm_90"]
-    return DEVICES.get(target.arch if target.backend == "hip" else f"sm_{target.arch}", ANY_DEVICE)
+        return find_device("sm_90")
+    return find_device(target.arch if target.backend == "hip" else f"sm_{target.arch}")
 
 
 @functools.cache
@@ -123,8 +123,7 @@ def _num_processors(device: torch.device) -> int | None:
 
 
 def tile(num_tokens: int, *, itemsize: int = 2) -> tuple[int, int, int, int]:
-    """(outputs and tokens of a program, warps, stages of its pipeline) that fit any weight and device. No bit depends
-    on them."""
+    """(outputs and tokens of a program, warps, stages) for any weight and device. No bit depends on them."""
     if itemsize == 4:
         # No matrix instruction of NVIDIA's multiplies float32 whole: more tokens would spill.
         return 64, 16 if num_tokens <= 16 else 32, 4, 3

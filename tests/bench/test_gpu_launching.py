@@ -1,7 +1,7 @@
 """Proofs on a device take CPU tensors there and back: what is wrong there is found, what is right is not touched."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is built for Linux alone", allow_module_level=True)
 
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.gpu import sanitized
 from bench.gpu.launching import launched_on
@@ -21,6 +22,7 @@ from tests.kernels.proof.registry import PROOFS
 
 CPU = torch.device("cpu")
 RMS_NORM = next(proof for proof in PROOFS if proof.name == "rms_norm")
+LINEAR = next(proof for proof in PROOFS if proof.name == "linear")
 ROPE = next(proof for proof in PROOFS if proof.name == "rope_kv_write")
 
 
@@ -39,14 +41,18 @@ def device_that(launch: Any) -> Iterator[None]:
         JITFunction.run = before  # type: ignore[method-assign]
 
 
+def addresses(arguments: Mapping[str, Any]) -> set[int]:
+    tensors = [value.base if isinstance(value, TensorDescriptor) else value for value in arguments.values()]
+    return {tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)}
+
+
 def test_cases_hold_on_copies_of_their_tensors() -> None:
-    for proof, case in ((RMS_NORM, RMS_NORM.cases[3]), (ROPE, ROPE.cases[1])):
+    through_descriptors = next(case for case in LINEAR.cases if case.name == "many rows, 8 apart")
+    for proof, case in ((RMS_NORM, RMS_NORM.cases[3]), (ROPE, ROPE.cases[1]), (LINEAR, through_descriptors)):
         with interpreted() as launches, launched_on(CPU):
             check_numbers(proof, case)
-        own = {value.data_ptr() for value in case.arguments.values() if isinstance(value, torch.Tensor)}
         (launch,) = launches
-        there = {value.data_ptr() for value in launch.arguments.values() if isinstance(value, torch.Tensor)}
-        assert not own & there
+        assert not addresses(case.arguments) & addresses(launch.arguments)
 
 
 def test_a_device_that_writes_nothing_is_found() -> None:

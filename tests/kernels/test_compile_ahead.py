@@ -86,6 +86,19 @@ def test_a_launcher_that_cannot_be_made_is_an_error_of_its_kernel(
     assert [str(kernel.exception()) for kernel in compilation.kernels] == ["Failed to find C compiler"]
 
 
+def test_launches_with_descriptors_are_told_apart_by_their_blocks(tmp_path: Path) -> None:
+    weight = torch.empty(384, 192, dtype=torch.bfloat16, device="meta")
+    with absent_gpu("sm_90"), knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        with compiling_ahead(num_threads=2) as compilation:
+            for num_tokens in (72, 120, 120):
+                linear(weight.new_empty(num_tokens, 192), weight)
+    assert compilation.launched == ["linear_kernel"] * 3
+    assert len(compilation.kernels) == 1
+    (ptx,) = tmp_path.rglob("*.ptx")
+    assert "cp.async.bulk.tensor" in ptx.read_text()
+
+
 def test_afterwards_nothing_is_changed() -> None:
     launch = JITFunction.run
     with absent_gpu("sm_90"), pytest.raises(ZeroDivisionError), compiling_ahead(num_threads=1):
