@@ -21,6 +21,10 @@ def weight(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
+    # The first have descriptors, to the others none can point.
+    for gap in (8, 1):
+        x, w = apart(randn(70, 128, dtype=torch.bfloat16), gap), weight(40, 128, torch.bfloat16)
+        yield Case(f"many rows, {gap} apart", {"x": x, "weight": w, "bias": None})
     shapes = (
         (0, 64, 64),
         (1, 64, 64),
@@ -43,10 +47,6 @@ def cases() -> Iterator[Case]:
             )
     x = apart(randn(5, 96, dtype=torch.bfloat16))
     yield Case("rows apart", {"x": x, "weight": apart(weight(40, 96, torch.bfloat16)), "bias": None})
-    # The first have descriptors, to the others none can point.
-    for gap in (8, 1):
-        x, w = apart(randn(70, 128, dtype=torch.bfloat16), gap), weight(40, 128, torch.bfloat16)
-        yield Case(f"many rows, {gap} apart", {"x": x, "weight": w, "bias": None})
     moved = cost.bytes_moved(3, 512, 640, itemsize=2)
     yield Case(
         "weights are read once",
