@@ -52,15 +52,16 @@ _WIDE = (
 _WIDE_OF_TWO_SUMS = (Tile(128, 128, 8, 4, descriptors=True), Tile(64, 128, 4, 4, descriptors=True))
 # mma.sync and mfma multiply what is in registers; 128×256 leaves none for anything else.
 _NARROW = (Tile(128, 128, 8, 3), Tile(64, 128, 4, 3))
+_NARROW_OF_TWO_SUMS = (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3))
 
 DEVICES = {
-    "sm_80": Device(108, 1024, 40, _NARROW, _NARROW),
-    "sm_86": Device(84, 512, 20, _NARROW, _NARROW),
-    "sm_89": Device(142, 512, 20, _NARROW, _NARROW),
+    "sm_80": Device(108, 1024, 40, _NARROW, _NARROW_OF_TWO_SUMS),
+    "sm_86": Device(84, 512, 20, _NARROW, _NARROW_OF_TWO_SUMS),
+    "sm_89": Device(142, 512, 20, _NARROW, _NARROW_OF_TWO_SUMS),
     "sm_90": Device(132, 2048, 40, _WIDE, _WIDE_OF_TWO_SUMS),
     "sm_100": Device(148, 4096, 40, _WIDE, _WIDE_OF_TWO_SUMS),
-    "sm_120": Device(170, 512, 20, _NARROW, _NARROW),
-    "gfx942": Device(304, 1024, 50, _NARROW, _NARROW),
+    "sm_120": Device(170, 512, 20, _NARROW, _NARROW_OF_TWO_SUMS),
+    "gfx942": Device(304, 1024, 50, _NARROW, _NARROW_OF_TWO_SUMS),
 }
 # For weights whose rows are no whole number of turns: loads are masked, perhaps narrow, and need registers.
 MASKED = Tile(64, 64, 8, 3)

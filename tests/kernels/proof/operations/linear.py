@@ -77,6 +77,7 @@ def configurations() -> Iterator[Configuration]:
             yield of_tile(arch, tile, "a span of K" if tile.splits else "two spans of K", 4096, 4096)
             if not tile.splits:
                 yield of_tile(arch, tile, "four spans of K", 2048, 1024)
+                yield of_tile(arch, tile, "eight spans of K", 8192, 1024)
         yield of_tile(arch, MASKED, "K masked", 4073, 4096, vector_share=0.0)
 
 
