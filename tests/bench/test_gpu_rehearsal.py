@@ -13,6 +13,7 @@ import pytest
 
 from bench.gpu.__main__ import DEADLINES
 from bench.gpu.results import Origin, Row, StageResult
+from llmd_kernels.linear.tiles import Tile
 from tests.conftest import ROOT
 
 pytestmark = [
@@ -135,7 +136,7 @@ def test_the_sweep_leaves_a_proposal_beside_what_ships(
     folder, _ = rehearsed
     proposal = json.loads((folder / "tiles.json").read_text())
     assert set(proposal) == {"paged_attention", "linear o, 3 tokens"}
-    assert proposal["linear o, 3 tokens"]["tile"] == {"outputs": 64, "columns": 16, "num_warps": 4, "num_stages": 5}
+    assert proposal["linear o, 3 tokens"]["tile"] == dataclasses.asdict(Tile(64, 16, 4, 5))
     for entry in proposal.values():
         assert 0 < entry["us"] <= entry["shipped us"]
 
