@@ -93,7 +93,7 @@ def experts(
 
 def tile_columns(num_choices: int, num_experts: int, *, itemsize: int = 2) -> int:
     """Choices of a tile: twice an expert's share, so that most experts' weights are read once. No bit depends on it."""
-    # No matrix instruction of NVIDIA's multiplies float32 whole: more columns would spill.
+    # No matrix instruction of NVIDIA's multiplies float32 whole: more columns would spill, or fewer warps.
     most = 32 if itemsize == 4 else 128
     return min(max(16, int(triton.next_power_of_2(triton.cdiv(2 * num_choices, num_experts)))), most)
 
@@ -101,14 +101,14 @@ def tile_columns(num_choices: int, num_experts: int, *, itemsize: int = 2) -> in
 def gate_up_tile(columns: int, *, itemsize: int = 2) -> tuple[int, int, int]:
     """(outputs, each of a gate and an up; warps; stages). 64 rows are the least that Hopper's matrix units take."""
     if itemsize == 4:
-        return 32, 4, 3
+        return 32, 8, 3
     return (64, 4, 4 if columns <= 32 else 3) if columns <= 64 else (64, 8, 3)
 
 
 def down_tile(columns: int, *, itemsize: int = 2) -> tuple[int, int, int]:
     """(outputs, warps, stages)."""
     if itemsize == 4:
-        return 64, 4, 3
+        return 64, 8, 3
     return (64, 4, 5) if columns <= 64 else (128, 8, 3)
 
 

@@ -125,8 +125,8 @@ def _num_processors(device: torch.device) -> int | None:
 def tile(num_tokens: int, *, itemsize: int = 2) -> tuple[int, int, int, int]:
     """(outputs and tokens of a program, warps, stages) for any weight and device. No bit depends on them."""
     if itemsize == 4:
-        # No matrix instruction of NVIDIA's multiplies float32 whole: more tokens would spill.
-        return 64, 16 if num_tokens <= 16 else 32, 4, 3
+        # No matrix instruction of NVIDIA's multiplies float32 whole: more tokens would spill, or fewer warps.
+        return 64, 16 if num_tokens <= 16 else 32, 8, 3
     tokens = min(max(16, triton.next_power_of_2(num_tokens)), 128)
     return (64, tokens, 4, 5) if tokens <= 64 else (128, tokens, 8, 3)
 
