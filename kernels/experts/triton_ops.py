@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmd_kernels.gated_mul.triton_ops import gated
 from llmd_kernels.linear.triton_ops import BLOCK_K, span_sum, tile_of
+from llmd_kernels.registers import at_most
 
 # Tiles of choices that are computed side by side for one tile of outputs, to share what the cache holds.
 GROUP = 8
@@ -136,6 +137,7 @@ def group(expert_ids: Tensor, num_experts: int, columns: int) -> tuple[Tensor, T
         BINS=max(32, triton.next_power_of_2(num_experts + 1)),
         BLOCK=256 if num_choices <= 256 else 2048,
         num_warps=8,
+        **at_most(128),
     )
     return order, places, tiles
 
