@@ -117,7 +117,7 @@ FAULTS: dict[str, list[Fault]] = {
         ("wrong tile of outputs", "(rows // BLOCK).to(tl.int64) *", "(rows // BLOCK).to(tl.int64) * 0 *"),
         ("K not masked", "tl.load(x_rows + k) if K % BLOCK == 0", "tl.load(x_rows + k) if K > 0"),
         ("all spans to one place", "y += tl.program_id(1)", "y += 0 * tl.program_id(1)"),
-        ("bias for every span", "None if launched.splits else bias", "bias"),
+        ("bias for every span", "None if splits else bias", "bias"),
         ("dequantised rows cut off", "(outputs < num_outputs)[:, None] & (k < K)", "(outputs < num_outputs - 1)[:, None] & (k < K)"),  # noqa: E501
     ],
     "scale_logits": [
