@@ -10,6 +10,7 @@ import triton.language as tl
 from tests.kernels.proof.binary import listing
 from tests.kernels.proof.checks import Configuration, Proof
 from tests.kernels.proof.compiler import MATRIX, TARGETS, compiled_for
+from tests.kernels.proof.control_flow import Instruction, in_loops
 from tests.kernels.proof.gates import check_configuration
 from tests.kernels.proof.inputs import meta
 from tests.kernels.proof.registry import PROOFS
@@ -32,6 +33,16 @@ def matmul_kernel(a, b, c, K, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.conste
 def strided_kernel(x, y, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(y + i, tl.load(x + 3 * i))
+
+
+@triton.jit
+def scaled_kernel(x, scales, y, num_blocks, BLOCK: tl.constexpr, NARROW: tl.constexpr):
+    """A scale a block, which all threads load from one address."""
+    i = tl.arange(0, BLOCK)
+    for block in range(num_blocks):
+        row = tl.load(x + block * BLOCK + i)
+        scale = tl.load(scales + block + (i // BLOCK if NARROW else 0))
+        tl.store(y + block * BLOCK + i, row * scale)
 
 
 @triton.jit
@@ -89,6 +100,38 @@ def test_what_loads_number_by_number_does_not_ship(arch: str) -> None:
 
     with pytest.raises(AssertionError, match="only 0% of loaded bytes come in wide loads"):
         check_configuration(Configuration("strided", call), arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_a_number_that_all_threads_share_is_no_narrow_load(arch: str) -> None:
+    def call(*, narrow: bool) -> None:
+        x, scales = meta(65536, dtype=torch.float32), meta(64, dtype=torch.float32)
+        scaled_kernel[(1,)](x, scales, x, 64, BLOCK=1024, NARROW=narrow)
+
+    (passed,) = check_configuration(Configuration("a scale a block", lambda: call(narrow=False)), arch)
+    assert passed.listing.loads_in_loop
+    assert passed.listing.vector_share == 1
+    with pytest.raises(AssertionError, match="of loaded bytes come in wide loads"):
+        check_configuration(Configuration("a scale a number", lambda: call(narrow=True)), arch)
+
+
+def test_a_loop_is_what_can_come_again() -> None:
+    """Not what lies between a branch and where it leads: code that is seldom run lies behind the rest."""
+    code = [
+        Instruction("before"),
+        Instruction("body", label="loop"),
+        Instruction("seldom", target="wait"),
+        Instruction("body", label="goes on"),
+        Instruction("again", target="loop"),
+        Instruction("behind", target="cold"),
+        Instruction("behind", label="back"),
+        Instruction("end", goes_on=False),
+        Instruction("waits", label="wait", target="wait"),
+        Instruction("and returns", target="goes on", goes_on=False),
+        Instruction("cold", label="cold", target="back", goes_on=False),
+    ]
+    looping = {line.name for line, loops in zip(code, in_loops(code), strict=True) if loops}
+    assert looping == {"body", "seldom", "again", "waits", "and returns"}
 
 
 def test_a_listing_is_remembered_for_the_same_code() -> None:

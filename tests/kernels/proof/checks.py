@@ -30,7 +30,7 @@ class Case:
     arguments: Mapping[str, Any]
     # Arguments that are written in place: results, like what is returned.
     in_place: Sequence[str] = ()
-    # The kernel's arguments that must be stored whole.
+    # The kernels' arguments that must be stored whole, by each kernel that has them.
     outputs: Sequence[str] = ()
     # What `cost.py` says must move, or None where the case is too small to say; and which of the kernel's arguments
     # every program reads again, from a cache: they count once.
@@ -57,12 +57,13 @@ class Configuration:
     call: Callable[[], Any]
     # The architectures that it ships for; none: all.
     archs: Sequence[str] = ()
-    # The least part of loaded bytes that comes in wide loads, see `Listing.vector_share`.
+    # The least part of loaded bytes that comes in wide loads, see `Listing.vector_share`: of the loops that load, or
+    # of the whole kernel where none does; numbers that a program loads one by one do not count.
     vector_share: float = 0.9
     # The main loop loads by descriptors alone.
     by_descriptors: bool = False
-    # Kernels that load too little for that to matter.
-    narrow: Sequence[str] = ()
+    # Kernels of which less is asked, because they load little, and how much.
+    narrow: Mapping[str, float] = field(default_factory=dict)
     # For each architecture what the name of a matrix instruction must begin with, in one of the launched kernels.
     matrix: Mapping[str, str] = field(default_factory=dict)
 
@@ -94,8 +95,10 @@ def check_case(proof: Proof, case: Case, *, shuffle: int | None = 1) -> Outcome:
     """In the interpreter. Raises AssertionError, OutOfBounds or Race."""
     with interpreted(shuffle=shuffle, check_overflow=True, in_turns=case.in_turns) as launches:
         error = check_numbers(proof, case)
-    for launch in launches:
-        for name in case.outputs:
+    for name in case.outputs:
+        storing = [launch for launch in launches if name in launch.arguments]
+        assert storing, f"{case.name}: no kernel has an argument {name}"
+        for launch in storing:
             unwritten = launch.unwritten(name)
             assert unwritten == 0, f"{case.name}: {unwritten} numbers of {name} were never written"
     return Outcome(error, _check_traffic(case, launches))

@@ -4,6 +4,7 @@ Inside of `compiled_for(arch)` launching a kernel compiles it, with the speciali
 the arguments, and runs nothing. Tensors need no memory (device "meta"). Triton's own cache makes a second time quick.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Compiled:
     shared_bytes: int
     binary: Any  # as Triton has it
 
+    @property
+    def single_loads(self) -> frozenset[str]:
+        """The lines of the source, "file:line", that load single numbers and no tensors."""
+        return single_loads(self.binary.asm["ttir"])
+
 
 @contextmanager
 def compiled_for(arch: str) -> Iterator[list[Compiled]]:
@@ -64,6 +70,25 @@ def compiled_for(arch: str) -> Iterator[list[Compiled]]:
             yield compiled
     finally:
         JITFunction.run = real_run  # type: ignore[method-assign]
+
+
+def single_loads(ttir: str) -> frozenset[str]:
+    """The lines of the source that load single numbers and no tensors, as Triton's intermediate language tells."""
+    places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttir, re.MULTILINE))
+
+    def line_of(place: str) -> str:
+        """Of what is called at a place, or has a name there, the line comes first."""
+        file, alias = re.search(r'"([^"]+)":(\d+):\d+', place), re.search(r"#loc\d*", place)
+        if file:
+            return f"{file[1]}:{file[2]}"
+        return line_of(places[alias[0]]) if alias else ""
+
+    # An atomic that adds nothing is compiled to a load.
+    loads = re.findall(r"= tt\.(?:\w*load|atomic_\w+) .* : (.*) loc\((.*)\)$", ttir, re.MULTILINE)
+    tensors, singles = (
+        {line_of(place) for types, place in loads if ("tensor<" in types) == is_tensor} for is_tensor in (True, False)
+    )
+    return frozenset(singles - tensors - {""})
 
 
 @contextmanager

@@ -51,6 +51,6 @@ def _fault(configuration: Configuration, compiled: Compiled, code: Listing) -> s
         return f"{code.spilled} bytes are spilled ({code.registers} registers)"
     if compiled.shared_bytes > SHARED_LIMITS[compiled.arch]:
         return f"{compiled.shared_bytes} bytes of shared memory, at most {SHARED_LIMITS[compiled.arch]}"
-    if code.vector_share < configuration.vector_share and compiled.kernel not in configuration.narrow:
+    if code.vector_share < configuration.narrow.get(compiled.kernel, configuration.vector_share):
         return f"only {code.vector_share:.0%} of loaded bytes come in wide loads: {code.loads}"
     return ""

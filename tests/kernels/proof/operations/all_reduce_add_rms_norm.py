@@ -118,8 +118,7 @@ def configurations() -> Iterator[Configuration]:
                     )
                     triton_ops.all_reduce_add_rms_norm(x, x, weight, 1e-5, memory, 0)
 
-                # Beside its rows a program loads a few addresses, in every thread.
-                yield Configuration(f"{dtype_name(dtype)} {num_ranks} ranks, {hidden_size}", call, vector_share=0.75)
+                yield Configuration(f"{dtype_name(dtype)} {num_ranks} ranks, {hidden_size}", call)
 
 
 PROOF = Proof(
