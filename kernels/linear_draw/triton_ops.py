@@ -38,8 +38,10 @@ def linear_draw(
         return token_ids
     x, weight = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, weight))
     num_tiles = triton.cdiv(num_tokens, OUTPUTS)
-    best_scores = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=x.device)
-    best_ids = torch.empty(num_rows, num_tiles, dtype=torch.int32, device=x.device)
+    # Rows of them begin where wide loads may.
+    stride = triton.cdiv(num_tiles, 16) * 16
+    best_scores = torch.empty(num_rows, stride, dtype=torch.float32, device=x.device)
+    best_ids = torch.empty(num_rows, stride, dtype=torch.int32, device=x.device)
     _, tile_rows, num_warps, num_stages = tile(min(num_rows, MAX_ROWS), itemsize=x.itemsize)
     linear_draw_kernel[(num_tiles * triton.cdiv(num_rows, tile_rows),)](
         x,
@@ -54,6 +56,7 @@ def linear_draw(
         num_tokens,
         x.stride(0),
         weight.stride(0),
+        stride,
         divisor,
         1.0 if soft_cap is None else soft_cap,
         DIVIDES=divisor != 1,
@@ -68,7 +71,13 @@ def linear_draw(
         num_stages=num_stages,
     )
     pick_kernel[(num_rows,)](
-        best_scores, best_ids, token_ids, num_tiles, num_tokens, PARTS=min(1024, triton.next_power_of_2(num_tiles))
+        best_scores,
+        best_ids,
+        token_ids,
+        num_tiles,
+        stride,
+        num_tokens,
+        PARTS=min(1024, triton.next_power_of_2(num_tiles)),
     )
     return token_ids
 
@@ -87,6 +96,7 @@ def linear_draw_kernel(
     num_tokens,
     x_stride,
     weight_stride,
+    best_stride,
     divisor,
     soft_cap,
     DIVIDES: tl.constexpr,
@@ -98,7 +108,7 @@ def linear_draw_kernel(
     BLOCK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """TOKENS of the vocabulary for ROWS rows of x. Grid: (tiles,). best_scores, best_ids [R, tiles of V]."""
+    """TOKENS of the vocabulary for ROWS rows of x. Grid: (tiles,). best_scores, best_ids [R, best_stride]."""
     num_token_tiles = tl.cdiv(num_tokens, TOKENS)
     token_tile, row_tile = tile_of(tl.program_id(0), num_token_tiles, tl.cdiv(num_rows, ROWS), GROUP_SIZE)
     token_ids = token_tile * TOKENS + tl.arange(0, TOKENS)
@@ -122,6 +132,6 @@ def linear_draw_kernel(
         score = noisy(score, temperature[:, None], tl.reshape(noise, [ROWS, TOKENS]))
     score = tl.where((token_ids < num_tokens)[None, :], score, float("-inf"))
     best, best_id = best_of(score, token_ids[None, :], 1)
-    places = rows.to(tl.int64)[:, None] * num_token_tiles + token_tile
+    places = rows.to(tl.int64)[:, None] * best_stride + token_tile
     tl.store(best_scores + places, best, mask=row_mask[:, None])
     tl.store(best_ids + places, best_id, mask=row_mask[:, None])

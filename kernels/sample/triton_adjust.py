@@ -41,6 +41,7 @@ def adjusted(logits: Tensor, sampling: DeviceSampling) -> Tensor:
         logits.stride(0),
         0 if bitmask is None else bitmask.stride(0),
         sampling.history.stride(0),
+        sampling.history.shape[1],
         TOKENS=TILE,
         CHUNK=HISTORY,
         num_warps=8,
@@ -69,6 +70,7 @@ def adjust_kernel(
     logits_stride,
     bitmask_stride,
     history_stride,
+    history_len,
     TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -91,8 +93,8 @@ def adjust_kernel(
             tokens = history + tl.load(places + row).to(tl.int64) * history_stride
             num_prompt = tl.load(prompt_lens + row)
             num_all = num_prompt + tl.load(positions + row)
-            in_prompt = counts(tokens, 0, num_prompt, first_id, TOKENS, CHUNK)
-            in_output = counts(tokens, num_prompt, num_all, first_id, TOKENS, CHUNK)
+            in_prompt = counts(tokens, 0, num_prompt, history_len, first_id, TOKENS, CHUNK)
+            in_output = counts(tokens, num_prompt, num_all, history_len, first_id, TOKENS, CHUNK)
             repetition = tl.load(repetitions + row)
             repeated = tl.where(score > 0, score / repetition, score * repetition)
             score = tl.where(in_prompt + in_output > 0, repeated, score)
@@ -115,11 +117,16 @@ def load_scores(logits, scores, flags, row, ids, num_tokens, logits_stride):
 
 
 @triton.jit
-def counts(tokens, start, end, first_id, TOKENS: tl.constexpr, CHUNK: tl.constexpr):
-    """How often each of TOKENS ids from first_id on occurs among tokens[start:end]: int32 [TOKENS]."""
+def counts(tokens, start, end, history_len, first_id, TOKENS: tl.constexpr, CHUNK: tl.constexpr):
+    """How often each of TOKENS ids from first_id on occurs among tokens[start:end]: int32 [TOKENS].
+
+    Whole wide loads are read, with neighbours on either side that do not count.
+    """
     total = tl.zeros([TOKENS], tl.int32)
-    for first in range(start, end, CHUNK):
+    stop = tl.minimum(tl.cdiv(end, 4) * 4, history_len)
+    for first in range(start // 4 * 4, stop, CHUNK):
         index = first + tl.arange(0, CHUNK)
-        place = tl.load(tokens + index, mask=index < end, other=-1) - first_id
+        token = tl.load(tokens + index, mask=index < stop, other=-1)
+        place = tl.where((index >= start) & (index < end), token, -1) - first_id
         total += tl.histogram(place, TOKENS, mask=(place >= 0) & (place < TOKENS))
     return total

@@ -45,18 +45,21 @@ def best_of(scores, ids, axis: tl.constexpr):
 
 
 @triton.jit
-def pick_kernel(best_scores, best_ids, token_ids, num_parts, num_tokens, PARTS: tl.constexpr):
-    """The best of each row's parts: best_scores, best_ids [R, num_parts] → token_ids [R] int64. Grid: (R,)."""
+def pick_kernel(best_scores, best_ids, token_ids, num_parts, stride, num_tokens, PARTS: tl.constexpr):
+    """The best of each row's parts: best_scores, best_ids [R, stride] → token_ids [R] int64. Grid: (R,).
+
+    What lies behind the parts of a row is read and not looked at: a mask of whole wide loads leaves them wide.
+    """
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
-    mask = part < num_parts
     score = tl.full([PARTS], float("-inf"), tl.float32)
     token_id = tl.full([PARTS], 2147483647, tl.int32)
     for first in range(0, num_parts, PARTS):
-        mask = first + part < num_parts
-        other = tl.load(best_scores + row * num_parts + first + part, mask=mask, other=float("-inf"))
-        other_id = tl.load(best_ids + row * num_parts + first + part, mask=mask, other=2147483647)
+        mask = first + part < stride
+        other = tl.load(best_scores + row * stride + first + part, mask=mask, other=float("-inf"))
+        other_id = tl.load(best_ids + row * stride + first + part, mask=mask, other=2147483647)
         better = (other > score) | ((other == score) & (other_id < token_id))
+        better = better & (first + part < num_parts)
         score, token_id = tl.where(better, other, score), tl.where(better, other_id, token_id)
     _, best = best_of(score, token_id, 0)
     # Where no token has a number for a score, any that exists.

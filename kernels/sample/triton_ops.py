@@ -54,7 +54,13 @@ def sample_on_device(logits: Tensor, sampling: DeviceSampling) -> Tensor:
         num_warps=8,
     )
     pick_kernel[(num_rows,)](
-        best_scores, best_ids, token_ids, num_chunks, num_tokens, PARTS=min(1024, triton.next_power_of_2(num_chunks))
+        best_scores,
+        best_ids,
+        token_ids,
+        num_chunks,
+        num_chunks,
+        num_tokens,
+        PARTS=min(1024, triton.next_power_of_2(num_chunks)),
     )
     if group_maxima is not None and chunk_masses is not None:
         draw_filtered(logits, scores, sampling, best_scores, group_maxima, chunk_masses, token_ids)

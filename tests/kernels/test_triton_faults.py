@@ -134,7 +134,7 @@ FAULTS: dict[str, list[Fault]] = {
         ("noise of other tokens", "groups = token_tile * (TOKENS // 4)", "groups = (token_tile + 1) * (TOKENS // 4)"),
         ("noise of one row for all", "seed[:, None]", "tl.max(seed, axis=0)"),
         ("not divided", "DIVIDES=divisor != 1", "DIVIDES=False"),
-        ("results of other tiles", "* num_token_tiles + token_tile\n", "* num_token_tiles\n"),
+        ("results of other tiles", "* best_stride + token_tile\n", "* best_stride\n"),
         ("bounds of rows", "row_mask = rows < num_rows", "row_mask = rows < num_rows + 1"),
     ],
     "sample_on_device": [
@@ -157,7 +157,38 @@ FAULTS: dict[str, list[Fault]] = {
         ("output not repeated", "in_prompt + in_output > 0", "in_prompt > 0"),
         ("tokens of another place", "tl.load(places + row).to(tl.int64) * history_stride", "row * history_stride"),
         ("bits in the wrong order", "words >> (ids % 32)", "words >> (31 - ids % 32)"),
+        ("counted beyond the end", "(index >= start) & (index < end)", "index >= start"),
+        ("counted before the start", "(index >= start) & (index < end)", "index < end"),
+        ("read beyond the history", "tl.minimum(tl.cdiv(end, 4) * 4, history_len)", "tl.cdiv(end, 4) * 4"),
         ("raw logits instead of scores", "found = tl.load(scores + row * num_tokens + ids, mask", "found = tl.load(logits + row * logits_stride + ids, mask"),  # noqa: E501
+    ],
+    "top_tokens": [
+        ("the last chunk forgotten", "triton.cdiv(num_tokens, CHUNK)", "max(1, num_tokens // CHUNK)"),
+        ("the first chunk for all", "ids = tl.program_id(1) * TOKENS", "ids = 0 * tl.program_id(1) * TOKENS"),
+        ("logits beyond the end", "mask=ids < num_tokens, other", "mask=ids < num_tokens + 1, other"),
+        ("stride forgotten", "row * logits_stride", "row * num_tokens"),
+        ("the same entry again", 'tl.where(taken, float("-inf"), values)', "values"),
+        ("what is taken comes back", "tl.where(taken, 2147483647, ids)", "ids"),
+        ("chunks in each other's place", "+ tl.program_id(1)) * k", "+ tl.program_id(1)) * (k - 1)"),
+        ("entries beyond the end", "mask = entries < num_entries", "mask = entries < num_entries + 1"),
+        ("one too few", "for rank in range(k):", "for rank in range(k - 1):"),
+        ("ids of chunks", "ids = tl.load(chunk_ids + row * num_entries + entries, mask=mask, other=2147483647)", "ids = entries"),  # noqa: E501
+        ("all ids to one place", "tl.store(top_ids + place + rank", "tl.store(top_ids + place"),
+    ],
+    "token_logprobs_on_device": [
+        ("the last chunk forgotten", "triton.cdiv(num_tokens, CHUNK)", "max(1, num_tokens // CHUNK)"),
+        ("logits beyond the end", "mask=ids < num_tokens, other", "mask=ids < num_tokens + 1, other"),
+        ("stride forgotten", "row * logits_stride + ids", "row * num_tokens + ids"),
+        ("equal ones behind are ahead", "(ids < token_id)", "(ids != token_id)"),
+        ("ids of the first chunk", "ids = chunk * TOKENS + tl.arange", "ids = tl.arange"),
+        ("the best has rank 0", "better + 1", "better"),
+        ("masses of different units", "mass * tl.exp(of_chunks - largest)", "mass"),
+        ("too large to be summed", "tl.exp(score - largest)", "tl.exp(score)"),
+        ("a chunk of nothing", 'tl.where(score > float("-inf"), tl.exp(score - largest), 0.0)', "tl.exp(score - largest)"),  # noqa: E501
+        ("too small to be seen", "chosen - largest - log_mass", "chosen - (largest + log_mass)"),
+        ("chunks of a neighbour", "row * tl.num_programs(1) + chunk", "row + chunk"),
+        ("another row's token", "logits + row * logits_stride + token_id", "logits + token_id"),
+        ("logits instead of logarithms", "top_values.float() - largest[:, None] -", "top_values.float() -"),
     ],
 }  # fmt: skip
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from llmd_kernels import DeviceSampling, RowSampling, SamplingRecords, pack_sampling
 
 NUM_PLACES, MAX_LEN = 16, 24
+# What no sequence has in the table: a token that exists, as an earlier sequence may have left it.
+LEFT = 1
 
 History = tuple[Sequence[int], Sequence[int]]
 
@@ -19,15 +21,16 @@ def on_device(
     *,
     mask: Tensor | None = None,
     max_rows: int | None = None,
+    table_size: tuple[int, int] = (NUM_PLACES, MAX_LEN),
 ) -> DeviceSampling:
     """histories: (prompt, output) of each row; mask [R, V] bool: which tokens every second row may draw. max_rows: of
     the buffer; those that are not in use are there too.
 
-    Sequences lie at places from the last on; what no sequence has in the table is an id that does not exist.
+    Sequences lie at places from the last on.
     """
     histories = histories or [([0], [])] * len(rows)
-    table = torch.full((NUM_PLACES, MAX_LEN), 2**31 - 1, dtype=torch.int32)
-    places = [NUM_PLACES - 1 - r % NUM_PLACES for r in range(len(rows))]
+    table = torch.full(table_size, LEFT, dtype=torch.int32)
+    places = [table_size[0] - 1 - r % table_size[0] for r in range(len(rows))]
     for place, (prompt, output) in zip(places, histories, strict=True):
         table[place, : len(prompt) + len(output)] = torch.tensor([*prompt, *output], dtype=torch.int32)
     packed = pack_sampling(

@@ -26,6 +26,15 @@ KINDS = (
     RowSampling(seed=12, top_p=0.875, temperature=1.5, frequency_penalty=1.5, min_tokens=5, stop_token_ids=(1, 4)),
 )
 
+NARROW = {
+    # One number for each 4,096 logits, a few of them a row.
+    "pick_kernel": 0.0,
+    # Besides the maxima of groups of 128 logits the same few numbers a row.
+    "bound_kernel": 0.5,
+    # Besides all logits, where it must bisect them, candidates eight at a time.
+    "choose_kernel": 0.75,
+}
+
 PENALTIES = (
     RowSampling(seed=0, temperature=0, repetition_penalty=2.0),
     RowSampling(seed=0, temperature=0, frequency_penalty=2.0),
@@ -68,6 +77,10 @@ def cases() -> Iterator[Case]:
     yield case("no rows", randn(0, 10), KINDS)
     # Few tokens, all of them seen, and no chance: what is taken off decides.
     yield case("penalties", randn(16, 6), PENALTIES)
+    # Behind the first sequence the table ends; behind the second one lies a token that must not count.
+    ends = on_device([PENALTIES[1]] * 2, [([2, 0], [3, 3, 0, 3]), ([0], [2, 3])], table_size=(2, 6))
+    logits = torch.tensor([[1.0, 2.0, 0.0, 3.0], [2.5, 3.0, 0.0, 0.0]])
+    yield Case("ends of histories", {"logits": logits, "sampling": ends})
     # The second token crosses top_p, and is kept.
     crossing = tuple(RowSampling(seed=seed, temperature=4.0, top_p=0.75) for seed in range(8))
     yield case("two tokens", torch.tensor([[0.0, 1.0]] * 8), crossing)
@@ -106,6 +119,7 @@ def on_meta(row: RowSampling, num_rows: int) -> DeviceSampling:
         for field in fields(sampling)
         if isinstance(value := getattr(sampling, field.name), Tensor)
     }
+    tensors["history"] = meta(256, 8192, dtype=torch.int32)
     bitmask = meta(4, 4008, dtype=torch.int32) if sampling.adjusts else None
     return DeviceSampling(
         **{field.name: getattr(sampling, field.name) for field in fields(sampling)} | tensors | {"bitmask": bitmask}
@@ -125,9 +139,7 @@ def configurations() -> Iterator[Configuration]:
                 def call(num_tokens: int = num_tokens, dtype: torch.dtype = dtype, row: RowSampling = row) -> None:
                     triton_ops.sample_on_device(meta(64, num_tokens, dtype=dtype), on_meta(row, 64))
 
-                # Parameters are loaded one by one, and there are more such loads in the code than loads of logits:
-                # test_sample_on_device.py looks at those.
-                yield Configuration(f"{dtype_name(dtype)} {num_tokens} {name}", call, vector_share=0.0)
+                yield Configuration(f"{dtype_name(dtype)} {num_tokens} {name}", call, narrow=NARROW)
 
 
 PROOF = Proof(
