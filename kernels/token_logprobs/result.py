@@ -1,6 +1,5 @@
 """What is said of one token's probability. Data only."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,8 +15,7 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: list[float]
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceLogprobs:
+class DeviceLogprobs(NamedTuple):
     """The same of R tokens, each under its own row, as tensors on the device; K most likely tokens a row."""
 
     token_ids: Tensor  # [R] int64
@@ -28,5 +26,4 @@ class DeviceLogprobs:
 
     def on_host(self) -> list[TokenLogprobs]:
         """Waits for the device."""
-        columns = (self.token_ids, self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
-        return [TokenLogprobs(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        return [TokenLogprobs(*row) for row in zip(*(column.tolist() for column in self), strict=True)]

@@ -17,7 +17,7 @@ def token_logprobs_on_device(logits: Tensor, token_ids: Tensor, num_top: int) ->
     num_rows, num_tokens = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     device = logits.device
-    logprobs, log_totals = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(2))
+    logprobs, largest, log_masses = (torch.empty(num_rows, dtype=torch.float32, device=device) for _ in range(3))
     ranks = torch.empty(num_rows, dtype=torch.int32, device=device)
     top_values, top_ids = top_tokens(logits, num_top)
     if num_rows:
@@ -34,14 +34,17 @@ def token_logprobs_on_device(logits: Tensor, token_ids: Tensor, num_top: int) ->
             masses,
             num_better,
             logprobs,
-            log_totals,
+            largest,
+            log_masses,
             ranks,
             num_chunks,
             logits.stride(0),
             CHUNKS=triton.next_power_of_2(num_chunks),
             num_warps=1,
         )
-    return DeviceLogprobs(token_ids, logprobs, ranks, top_ids, top_values.float() - log_totals[:, None])
+    # As in `row_kernel`: the token is often one of these.
+    top_logprobs = top_values.float() - largest[:, None] - log_masses[:, None]
+    return DeviceLogprobs(token_ids, logprobs, ranks, top_ids, top_logprobs)
 
 
 @triton.jit
@@ -53,13 +56,14 @@ def chunk_kernel(logits, token_ids, maxima, masses, num_better, num_tokens, logi
     score = tl.load(logits + row * logits_stride + ids, mask=ids < num_tokens, other=float("-inf")).to(tl.float32)
     token_id = tl.load(token_ids + row)
     chosen = tl.load(logits + row * logits_stride + token_id).to(tl.float32)
+    # What lies behind the end is -inf and has higher ids: it is not better.
     better = (score > chosen) | ((score == chosen) & (ids < token_id))
+    place = row * tl.num_programs(1) + chunk
+    tl.store(num_better + place, tl.sum(better.to(tl.int32), axis=0))
     largest = tl.max(score, axis=0)
     mass = tl.sum(tl.where(score > float("-inf"), tl.exp(score - largest), 0.0), axis=0)
-    place = row * tl.num_programs(1) + chunk
     tl.store(maxima + place, largest)
     tl.store(masses + place, mass)
-    tl.store(num_better + place, tl.sum((better & (ids < num_tokens)).to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -70,7 +74,8 @@ def row_kernel(
     masses,
     num_better,
     logprobs,
-    log_totals,
+    largest_logits,
+    log_masses,
     ranks,
     num_chunks,
     logits_stride,
@@ -83,9 +88,11 @@ def row_kernel(
     of_chunks = tl.load(maxima + row * num_chunks + chunks, mask=mask, other=float("-inf"))
     largest = tl.max(of_chunks, axis=0)
     mass = tl.load(masses + row * num_chunks + chunks, mask=mask, other=0.0)
-    log_total = tl.log(tl.sum(mass * tl.exp(of_chunks - largest), axis=0)) + largest
+    log_mass = tl.log(tl.sum(mass * tl.exp(of_chunks - largest), axis=0))
     chosen = tl.load(logits + row * logits_stride + tl.load(token_ids + row)).to(tl.float32)
     better = tl.sum(tl.load(num_better + row * num_chunks + chunks, mask=mask, other=0), axis=0)
-    tl.store(logprobs + row, chosen - log_total)
-    tl.store(log_totals + row, log_total)
+    # Not less the sum of both, in which a large logit would leave no place for a small logarithm.
+    tl.store(logprobs + row, chosen - largest - log_mass)
+    tl.store(largest_logits + row, largest)
+    tl.store(log_masses + row, log_mass)
     tl.store(ranks + row, better + 1)

@@ -1,4 +1,4 @@
-"""`sample_on_device`: PyTorch's and Triton's against the reference of `sample`; packing; what is compiled.
+"""`sample_on_device`: PyTorch's and Triton's against the reference of `sample`; packing.
 
 Proof of the kernels: tests/kernels/proof/operations/sample_on_device.py.
 """
@@ -24,18 +24,12 @@ from llmd_kernels import (
     dispatch,
     sample,
     sample_on_device,
-    token_logprobs,
-    top_tokens,
 )
 from llmd_kernels.sample import reference, triton_adjust, triton_filters, triton_ops
 from llmd_kernels.sample.host_batch import to_device
-from llmd_kernels.token_logprobs import reference as logprobs_reference
-from llmd_kernels.top_tokens import reference as top_tokens_reference
-from tests.kernels.proof.binary import listing
-from tests.kernels.proof.compiler import compiled_for
-from tests.kernels.proof.inputs import meta, randn
+from tests.kernels.proof.inputs import randn
 from tests.kernels.proof.interpreter import interpreted
-from tests.kernels.proof.operations.sample_on_device import KINDS, on_meta
+from tests.kernels.proof.operations.sample_on_device import KINDS
 from tests.kernels.proof.sampling import History, on_device
 
 
@@ -217,47 +211,8 @@ def test_the_public_sample_takes_the_same_kernels() -> None:
             assert [entry.logprob, *entry.top_logprobs] == pytest.approx([truth.logprob, *truth.top_logprobs], abs=1e-5)
 
 
-@pytest.mark.usefixtures("triton_on_cpu")
-@pytest.mark.parametrize(("num_tokens", "k"), [(3, 3), (40, 0), (40, 5), (40, 33), (4200, 2)])
-def test_top_tokens_and_logprobs(num_tokens: int, k: int) -> None:
-    """Rounded logits: many are equal."""
-    logits = (randn(3, num_tokens) * 2).round()
-    logits[0, 1:3] = -torch.inf
-    token_ids = torch.tensor([0, 2, num_tokens - 1])
-    with interpreted(shuffle=1, check_overflow=True):
-        values, ids = top_tokens(logits, k)
-        rows = token_logprobs(logits, token_ids, k)
-    expected_values, expected_ids = top_tokens_reference.top_tokens(logits, k)
-    assert torch.equal(values, expected_values)
-    assert torch.equal(ids, expected_ids)
-    for row, truth in zip(rows, logprobs_reference.token_logprobs(logits, token_ids, k), strict=True):
-        assert (row.token_id, row.rank, row.top_ids) == (truth.token_id, truth.rank, truth.top_ids)
-        assert [row.logprob, *row.top_logprobs] == pytest.approx([truth.logprob, *truth.top_logprobs], abs=1e-5)
-
-
-@pytest.mark.usefixtures("triton_on_cpu")
-def test_logprobs_of_a_row_do_not_depend_on_its_neighbours() -> None:
-    logits = randn(4, 4200)
-    token_ids = torch.tensor([5, 4199, 0, 4100])
-    with interpreted():
-        together = token_logprobs(logits, token_ids, 3)
-        alone = [token_logprobs(logits[r : r + 1], token_ids[r : r + 1], 3)[0] for r in (3, 1)]
-    assert alone == [together[3], together[1]]
-
-
 def test_no_rows() -> None:
     assert sample_on_device(torch.zeros(0, 10), on_device([])).shape == (0,)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_logits_come_in_wide_loads(arch: str) -> None:
-    """The parameters of a row, which are loaded one by one, hide this from the gate on the part of wide loads."""
-    row = RowSampling(seed=1, top_p=0.5)
-    with compiled_for(arch) as kernels:
-        triton_ops.sample_on_device(meta(64, 128256, dtype=torch.float32), on_meta(row, 64))
-    num_wide = {kernel.kernel: listing(kernel).loads.get(128, 0) for kernel in kernels}
-    assert min(num_wide["scan_kernel"], num_wide["collect_kernel"]) > 0
 
 
 def test_stop_tokens_wait_for_as_many_tokens_as_are_asked_for() -> None:

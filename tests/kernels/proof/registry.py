@@ -16,6 +16,8 @@ from tests.kernels.proof.operations import (
     sample_on_device,
     scale_logits,
     step_inputs,
+    token_logprobs,
+    top_tokens,
 )
 
 PROOFS: tuple[Proof, ...] = tuple(
@@ -30,6 +32,8 @@ PROOFS: tuple[Proof, ...] = tuple(
         scale_logits,
         linear_draw,
         sample_on_device,
+        top_tokens,
+        token_logprobs,
         paged_attention,
         route,
         experts,
