@@ -298,7 +298,16 @@ def test_on_a_terminal_it_draws_over_itself_until_ctrl_c() -> None:
     server, url = http_server()
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "llmd", "status", url, "--interval", "0.1"]
-    with answering(server, HEALTHY), subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE) as process:
+    with (
+        answering(server, HEALTHY),
+        # what a shell starts in the background, these tests too, has Ctrl-C ignored
+        subprocess.Popen(
+            command,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process,
+    ):
         os.close(theirs)
         drawn = b""
         while drawn.count(b"\x1b[J") < 3:
