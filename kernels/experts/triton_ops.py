@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmd_kernels.gated_mul.triton_ops import gated
 from llmd_kernels.linear.triton_ops import BLOCK_K, span_sum, tile_of
+from llmd_kernels.matrix import of_one_depth
 from llmd_kernels.registers import at_most
 
 # Tiles of choices that are computed side by side for one tile of outputs, to share what the cache holds.
@@ -67,6 +68,7 @@ def experts(
         GROUP_SIZE=GROUP,
         num_warps=num_warps,
         num_stages=num_stages,
+        **of_one_depth(),
     )
     chosen_y = torch.empty(num_choices, hidden_size, dtype=torch.float32, device=x.device)
     outputs, num_warps, num_stages = down_tile(columns, itemsize=x.itemsize)
@@ -85,6 +87,7 @@ def experts(
         GROUP_SIZE=GROUP,
         num_warps=num_warps,
         num_stages=num_stages,
+        **of_one_depth(),
     )
     add_chosen_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
         chosen_y, places, weights, y, hidden_size, NUM_CHOSEN=num_chosen, BLOCK=1024, num_warps=2

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmd_kernels.dispatch import gpu_of
 from llmd_kernels.linear.tiles import MASKED, Device, Tile, find_device, find_tile
+from llmd_kernels.matrix import of_one_depth
 
 # Changing these changes the last bits of every result.
 BLOCK_K = 64
@@ -66,6 +67,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         GROUP_SIZE=GROUP,
         num_warps=launched.num_warps,
         num_stages=launched.num_stages,
+        **of_one_depth(),
     )
     if launched.splits:
         add_spans_kernel[(num_tokens, triton.cdiv(num_outputs, 1024))](

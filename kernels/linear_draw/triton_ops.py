@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmd_kernels.linear.triton_ops import BLOCK_K, span_of, span_sum, tile, tile_of
 from llmd_kernels.linear.triton_ops import GROUP as TOKEN_TILES_TOGETHER
+from llmd_kernels.matrix import of_one_depth
 from llmd_kernels.sample.triton_noise import best_of, gumbel, noisy, pick_kernel
 from llmd_kernels.scale_logits.triton_ops import scaled
 
@@ -69,6 +70,7 @@ def linear_draw(
         GROUP_SIZE=TOKEN_TILES_TOGETHER,
         num_warps=num_warps,
         num_stages=num_stages,
+        **of_one_depth(),
     )
     pick_kernel[(num_rows,)](
         best_scores,

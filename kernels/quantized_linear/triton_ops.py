@@ -14,6 +14,7 @@ from triton.language.target_info import current_target
 
 from llmd_kernels.linear import triton_ops as plain
 from llmd_kernels.linear.triton_ops import add_spans_kernel, tile_of
+from llmd_kernels.matrix import of_one_depth
 from llmd_kernels.quantized_linear.weights import Float8Weight, IntWeight, QuantizedWeight, dequantized
 from llmd_kernels.registers import at_most
 
@@ -66,6 +67,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         TILE_GROUP=plain.GROUP,
         num_warps=num_warps,
         num_stages=num_stages,
+        **of_one_depth(),
         **_registers(tokens),
     )
     if splits:

@@ -33,6 +33,8 @@ MATRIX = {
     "sm_120": "HMMA",
     "gfx942": "v_mfma",
 }
+# Of those that sum one number of K at a time, whatever the tile: contract C3 wants no other.
+MATRIX_OF_ONE_DEPTH = {**MATRIX, "gfx942": "v_mfma_f32_16x16x"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmd_kernels.experts import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
-from tests.kernels.proof.compiler import MATRIX
+from tests.kernels.proof.compiler import MATRIX_OF_ONE_DEPTH
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
 
 # (hidden size, intermediate size, experts, chosen, activation) of Mixtral-8x7B, Qwen3-30B-A3B, gpt-oss-20b.
@@ -107,7 +107,7 @@ def configurations() -> Iterator[Configuration]:
                 f"{name} {num_tokens} tokens",
                 partial(_launch, *sizes, num_tokens=num_tokens, dtype=torch.bfloat16),
                 narrow=NARROW,
-                matrix=MATRIX,
+                matrix=MATRIX_OF_ONE_DEPTH,
             )
     for num_tokens in (16, 4096):
         call = partial(_launch, *SHIPPED["gpt-oss-20b"], num_tokens=num_tokens, dtype=torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmd_kernels.linear import cost, reference, triton_ops
 from llmd_kernels.linear.tiles import DEVICES, MASKED, Tile, candidates, with_pointers
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
-from tests.kernels.proof.compiler import MATRIX
+from tests.kernels.proof.compiler import MATRIX_OF_ONE_DEPTH
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta, randn
 
 # (inputs, outputs) of fused qkv, output, gate and up, down, head of Llama-3.1-8B, and SmolLM2-135M's.
@@ -99,7 +99,7 @@ def of_tile(
         archs=[arch],
         vector_share=vector_share,
         by_descriptors=tile.descriptors,
-        matrix=MATRIX,
+        matrix=MATRIX_OF_ONE_DEPTH,
     )
 
 
@@ -119,7 +119,7 @@ def shipped() -> Iterator[Configuration]:
                     triton_ops.linear(x, w)
 
                 yield Configuration(
-                    f"{dtype_name(dtype)} {num_tokens}×{num_inputs} → {num_outputs}", call, matrix=MATRIX
+                    f"{dtype_name(dtype)} {num_tokens}×{num_inputs} → {num_outputs}", call, matrix=MATRIX_OF_ONE_DEPTH
                 )
     for num_tokens in (16, 128):
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmd_kernels.linear_draw import cost, reference, triton_ops
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
-from tests.kernels.proof.compiler import MATRIX
+from tests.kernels.proof.compiler import MATRIX_OF_ONE_DEPTH
 from tests.kernels.proof.inputs import FLOATS, apart, dtype_name, meta
 
 
@@ -95,7 +95,7 @@ def configurations() -> Iterator[Configuration]:
                     f"{dtype_name(dtype)} {num_rows}×{hidden_size} → {num_tokens}",
                     call,
                     narrow={"linear_draw_kernel": 0.8} if hidden_size == 576 else {},
-                    matrix={} if dtype == torch.float32 else MATRIX,
+                    matrix={} if dtype == torch.float32 else MATRIX_OF_ONE_DEPTH,
                 )
 
 

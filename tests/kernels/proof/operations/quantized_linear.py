@@ -14,7 +14,7 @@ from llmd_kernels.quantized_linear.weights import (
     pack_int_weight,
 )
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
-from tests.kernels.proof.compiler import MATRIX
+from tests.kernels.proof.compiler import MATRIX_OF_ONE_DEPTH
 from tests.kernels.proof.inputs import apart, dtype_name, meta, randn
 
 # (inputs, outputs) of Llama-3.1-8B's fused qkv, output, gate and up, down.
@@ -161,7 +161,7 @@ def configurations() -> Iterator[Configuration]:
                         f"{dtype_name(dtype)} {num_tokens}×{num_inputs} → {num_outputs}, {name}",
                         call,
                         vector_share=vector_share,
-                        matrix=MATRIX,
+                        matrix=MATRIX_OF_ONE_DEPTH,
                     )
 
             def dequantize(weight: QuantizedWeight = weight) -> None:
