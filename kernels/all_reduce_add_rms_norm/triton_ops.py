@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llmd_kernels.all_reduce_add_rms_norm.symmetric_memory import MAX_PROGRAMS, SymmetricMemory
-from llmd_kernels.registers import at_most
 from llmd_kernels.rms_norm.triton_ops import normalized
+from llmd_kernels.target import at_most
 
 
 def all_reduce_add_rms_norm(

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from llmd_kernels.gated_mul.triton_ops import gated
 from llmd_kernels.linear.triton_ops import BLOCK_K, span_sum, tile_of
-from llmd_kernels.matrix import of_one_depth
-from llmd_kernels.registers import at_most
+from llmd_kernels.target import at_most, of_one_depth
 
 # Tiles of choices that are computed side by side for one tile of outputs, to share what the cache holds.
 GROUP = 8

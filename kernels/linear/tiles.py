@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from llmd_kernels.kinds import kind_of
+
 # Clock cycles of a program in which its multiprocessor multiplies nothing: the pipeline fills, the results are stored.
 TURN_CYCLES = 2000
 # Likewise of a second launch, which adds the spans up.
@@ -69,7 +71,7 @@ MASKED = Tile(64, 64, 8, 3)
 
 def find_device(arch: str) -> Device:
     """arch: "sm_90", "gfx942". One that is not known has the tiles that fit everywhere."""
-    return DEVICES.get("sm_100" if arch == "sm_103" else arch, DEVICES["sm_86"])
+    return DEVICES.get(kind_of(arch), DEVICES["sm_86"])
 
 
 def find_tile(

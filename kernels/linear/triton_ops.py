@@ -12,12 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import current_target
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmd_kernels.dispatch import gpu_of
-from llmd_kernels.linear.tiles import MASKED, Device, Tile, find_device, find_tile
-from llmd_kernels.matrix import of_one_depth
+from llmd_kernels.linear.tiles import MASKED, Tile, find_device, find_tile
+from llmd_kernels.target import of_one_depth, target_kind
 
 # Changing these changes the last bits of every result.
 BLOCK_K = 64
@@ -104,16 +103,9 @@ def tile_of_launch(
         return Tile(*tile(num_tokens, itemsize=itemsize), splits=span < num_inputs and num_tokens <= MAX_SPLIT_TOKENS)
     if num_inputs % BLOCK_K:
         return MASKED
-    kind, num_processors = _kind_of_device(), _num_processors(device)
+    # Interpreted they are as an H100 has them.
+    kind, num_processors = find_device(target_kind() or "sm_90"), _num_processors(device)
     return find_tile(num_tokens, num_inputs, num_outputs, span=span, device=kind, num_processors=num_processors)
-
-
-def _kind_of_device() -> Device:
-    """Of what Triton compiles for now; where that is nothing, kernels are interpreted as an H100 has them."""
-    target = current_target()
-    if target is None:
-        return find_device("sm_90")
-    return find_device(target.arch if target.backend == "hip" else f"sm_{target.arch}")
 
 
 @functools.cache

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from llmd_kernels.linear.triton_ops import BLOCK_K, span_of, span_sum, tile, tile_of
 from llmd_kernels.linear.triton_ops import GROUP as TOKEN_TILES_TOGETHER
-from llmd_kernels.matrix import of_one_depth
 from llmd_kernels.sample.triton_noise import best_of, gumbel, noisy, pick_kernel
 from llmd_kernels.scale_logits.triton_ops import scaled
+from llmd_kernels.target import of_one_depth
 
 # Tokens of the vocabulary and rows of a program at most. No bit depends on them.
 OUTPUTS = 64

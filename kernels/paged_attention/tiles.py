@@ -9,16 +9,12 @@ from typing import Literal
 
 import torch
 
+from llmd_kernels.kinds import WITH_FLOAT8, kind_of
+
 # What Q and the cache hold: both 16 bits a number, Q 16 and the cache 8, Q 32 and the cache more than 8, or 8.
 Numbers = Literal["16/16", "16/8", "32", "32/8"]
 # The block sizes that are proven. An entry holds for all of them until a device shows a reason to differ.
 BLOCK_SIZES = (16, 32, 64)
-# Devices for which Triton has no float8_e4m3fn.
-WITHOUT_FLOAT8 = ("sm_80", "sm_86", "gfx942")
-
-
-# GPUs that differ from another in nothing that an entry is about, and have no less shared memory.
-NEXT_OF_KIN = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +137,8 @@ TABLE: dict[tuple[str, int, Numbers], TileConfig] = {
 
 def find_config(arch: str, head_dim: int, q_dtype: torch.dtype, cache_dtype: torch.dtype) -> TileConfig | None:
     """The entry for this kind of device; None where there is none, or no proof of it."""
-    arch = NEXT_OF_KIN.get(arch, arch)
-    kind = numbers(q_dtype, cache_dtype)
-    config = None if kind is None else TABLE.get((arch, max(64, padded_dim(head_dim)), kind))
-    if config is None or arch not in WITHOUT_FLOAT8 or cache_dtype.itemsize > 1:
+    kind, held = kind_of(arch), numbers(q_dtype, cache_dtype)
+    config = None if held is None else TABLE.get((kind, max(64, padded_dim(head_dim)), held))
+    if config is None or kind in WITH_FLOAT8 or cache_dtype.itemsize > 1:
         return config
     return replace(config, float8_by_bits=True) if cache_dtype == torch.float8_e4m3fn else None

@@ -10,21 +10,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import current_target
 
+from llmd_kernels.kinds import WITH_FLOAT8
 from llmd_kernels.linear import triton_ops as plain
 from llmd_kernels.linear.triton_ops import add_spans_kernel, tile_of
-from llmd_kernels.matrix import of_one_depth
+from llmd_kernels.quantized_linear.tiles import registers, tile
 from llmd_kernels.quantized_linear.weights import Float8Weight, IntWeight, QuantizedWeight, dequantized
-from llmd_kernels.registers import at_most
+from llmd_kernels.target import of_one_depth, target_kind
 
 BLOCK_K = plain.BLOCK_K
 # Above this number of tokens the weight is dequantised once, in memory: each tile of tokens would do it again.
 MAX_TOKENS = 1024
-# Compute capabilities whose programs have 99 KiB of shared memory.
-SMALL_SHARED = (86, 89, 120, 121)
-# Those whose matrix instructions run beside the threads (wgmma, tcgen05), which so keep registers for unpacking.
-ASYNCHRONOUS_MATRIX = (90, 100, 103)
 SCALE_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -68,7 +64,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         num_warps=num_warps,
         num_stages=num_stages,
         **of_one_depth(),
-        **_registers(tokens),
+        **registers(tokens),
     )
     if splits:
         add_spans_kernel[(num_tokens, triton.cdiv(num_outputs, 1024))](
@@ -88,29 +84,6 @@ def numbers(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         rows, num_outputs, **_operands(weight), K=num_inputs, OUTPUTS=64, BLOCK=BLOCK_K, BLOCKS=4, num_warps=4
     )
     return rows
-
-
-def tile(num_tokens: int, scale_inputs: int) -> tuple[int, int, int, int]:
-    """(outputs and tokens of a program, warps, stages of its pipeline). No bit depends on them."""
-    target = current_target()
-    if target is not None and target.backend == "hip":
-        # Deeper pipelines do not compile where weights are computed with before they are multiplied; more tokens spill.
-        outputs, tokens, num_warps, _ = plain.tile(min(num_tokens, 64))
-        return outputs, tokens, num_warps, 2
-    outputs, tokens, num_warps, num_stages = plain.tile(num_tokens)
-    if outputs == 128 and target is not None and target.arch not in ASYNCHRONOUS_MATRIX:
-        # Two scales a turn and row: more rows spill.
-        if scale_inputs == BLOCK_K:
-            return 64, tokens, 4, 3
-        # int8 needs 113 KiB with three.
-        num_stages = 2 if target.arch in SMALL_SHARED else 3
-    return outputs, tokens, num_warps, min(num_stages, 4)
-
-
-def _registers(num_tokens: int) -> dict[str, int]:
-    """Shared memory allows no more programs than these do. On Hopper none spills."""
-    target = current_target()
-    return {} if target is None or target.arch == 90 else at_most(128 if num_tokens <= 64 else 255)
 
 
 def _step(num_inputs: int, span: int, scale_inputs: int) -> int:
@@ -145,8 +118,6 @@ def _operands(weight: QuantizedWeight) -> dict[str, Any]:
             "SCALE_OUTPUTS": 1,
             "SCALE_INPUTS": weight.group_size,
         }
-    target = current_target()
-    is_native = target is not None and target.backend == "cuda" and target.arch >= 89
     values = weight.values
     if values.stride(1) != 1 or values.stride(0) % 2 or values.storage_offset() % 2:
         values = values.contiguous()
@@ -156,7 +127,7 @@ def _operands(weight: QuantizedWeight) -> dict[str, Any]:
         "weight_stride": values.stride(0) // 2,
         "scale_stride": weight.scales.stride(0),
         "group_stride": weight.scales.stride(1),
-        "KIND": "float8" if is_native else "float8_bits",
+        "KIND": "float8" if target_kind() in WITH_FLOAT8 else "float8_bits",
         "SCALE_DTYPE": tl.float32,
         "SCALE_OUTPUTS": weight.block[0],
         "SCALE_INPUTS": weight.block[1],

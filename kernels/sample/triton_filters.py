@@ -10,13 +10,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import current_target
 
 from llmd_kernels.sample.device import DeviceSampling
 from llmd_kernels.sample.records import FILTERS
 from llmd_kernels.sample.triton_adjust import load_scores
 from llmd_kernels.sample.triton_noise import best_of, gumbel_of_ids, noisy
 from llmd_kernels.sample.triton_ranks import ranks_of, units_of, wanted_units, weights_of
+from llmd_kernels.target import target_kind
 
 # Token ids that share one maximum.
 GROUP = 128
@@ -107,9 +107,8 @@ def draw_filtered(
 
 
 def _together() -> int:
-    """Candidates that a candidate is compared with at a time. On sm_120 and sm_121 eight of them spill."""
-    target = current_target()
-    return 4 if target is not None and target.backend == "cuda" and target.arch in (120, 121) else 8
+    """Candidates that a candidate is compared with at a time. On sm_120 eight of them spill."""
+    return 4 if target_kind() == "sm_120" else 8
 
 
 @triton.jit

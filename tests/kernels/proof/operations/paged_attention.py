@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llmd_kernels import AttentionBatch
+from llmd_kernels.kinds import WITH_FLOAT8
 from llmd_kernels.paged_attention import reference, triton_ops
 from llmd_kernels.paged_attention.device_work import allocate_lists
-from llmd_kernels.paged_attention.tiles import TABLE, WITHOUT_FLOAT8, Numbers, TileConfig
+from llmd_kernels.paged_attention.tiles import TABLE, Numbers, TileConfig
 from llmd_kernels.paged_attention.workspace import LayerKind
 from tests.kernels.batches import Heads, Inputs, context, inputs
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
@@ -135,7 +136,7 @@ def _configuration(
     extras = " with window, soft cap and sinks" if has_sinks else ""
     # A product of float32 has no matrix instruction on NVIDIA; wgmma takes 64 rows, fewer are mma's.
     matrix = {arch: "HMMA" if config.rows < 64 and arch.startswith("sm_") else MATRIX[arch]}
-    if arch in WITHOUT_FLOAT8:
+    if arch not in WITH_FLOAT8:
         config = replace(config, float8_by_bits=is_float8)
     return Configuration(
         f"{numbers} bits, head size {head_dim}, block size {block_size}{extras}",
