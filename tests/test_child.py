@@ -32,10 +32,12 @@ CONFIG = FetchConfig(model=ModelConfig(cache_dir="/nowhere", served_names=("demo
 @pytest.fixture
 def supervisor_end() -> Iterator[tuple[socket.socket, int]]:
     ours, theirs = socket.socketpair()
-    previous = signal.getsignal(signal.SIGINT)
+    # a child ignores these, and whatever pytest starts after it would do so too
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with ours:
         yield ours, theirs.detach()
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

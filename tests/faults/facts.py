@@ -84,6 +84,12 @@ class Holdings:
 def holdings(server: RunningServer) -> Holdings:
     """Once the connections that have been left are gone, those of these questions too."""
     wait_for(lambda: num_connections(server), lambda number: number == 0)
+    # the server has a file open for a moment, once a second
+    first, _ = wait_for(lambda: (_holdings(server), _holdings(server)), lambda looks: looks[0] == looks[1])
+    return first
+
+
+def _holdings(server: RunningServer) -> Holdings:
     pids = {"supervisor": server.process.pid, **server.child_pids()}
     return Holdings(
         num_fds={module: len(os.listdir(f"/proc/{pid}/fd")) for module, pid in pids.items()},
