@@ -61,7 +61,8 @@ def _folder_of(name: str, cache_dir: Path) -> Path:
 def _special_tokens(config: Any) -> dict[int, str]:
     ends = config["eos_token_id"]
     ends = ends if isinstance(ends, list) else [ends]
-    return {config["bos_token_id"]: "<|begin|>"} | {token_id: f"<|end_{token_id}|>" for token_id in ends}
+    begin = {config["bos_token_id"]: "<|begin|>"} if "bos_token_id" in config else {}
+    return begin | {token_id: f"<|end_{token_id}|>" for token_id in ends}
 
 
 def _tokenizer(vocab_size: int, special_tokens: dict[int, str]) -> str:

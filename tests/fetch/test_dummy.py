@@ -26,6 +26,15 @@ def test_built_in_configurations_have_the_sizes_of_their_models(name: str) -> No
     assert num_parameters(parse_spec(BUILT_IN[name])) / 1e9 == pytest.approx(SIZES[name], rel=0.001)
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_each_has_a_folder_that_can_be_served(name: str, tmp_path: Path) -> None:
+    folder = fetch(name, revision=None, cache_dir=tmp_path, dummy=True)
+    spec, tokenizer = load_spec(folder), Tokenizer.load(folder)
+    assert spec == parse_spec(BUILT_IN[name])
+    assert tokenizer.vocab_size == spec.vocab_size
+    assert tokenizer.eos_token_ids
+
+
 def test_the_folder_is_made_once(tmp_path: Path) -> None:
     assert find_ready("smollm2-135m", None, tmp_path, dummy=True) is None
     folder = fetch("smollm2-135m", revision=None, cache_dir=tmp_path, dummy=True)
