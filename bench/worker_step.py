@@ -23,6 +23,7 @@ from torch import Tensor
 from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.scheduler import Scheduler
 from llmd.engine.sequence import ConnectionId
+from llmd.model.captured_sizes import ROW_SIZES, CapturedSizes
 from llmd.model.inputs import ModelInputs
 from llmd.model.kv_cache import KvCache, LayerCache
 from llmd.protocol.framing import FrameDecoder, encode_frame
@@ -93,6 +94,7 @@ def make_runner(num_sequences: int) -> GpuRunner:
         max_num_seqs=num_sequences,
         max_num_tokens=8192,
         device=CPU,
+        captured=CapturedSizes(rows=ROW_SIZES),
     )
 
 

@@ -28,7 +28,7 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     chat_template: str | None = None  # Jinja source that replaces the model's own
     use_model_defaults: bool = False  # sampling defaults from generation_config.json
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    enforce_eager: bool = False  # a GPU captures no decode steps
+    enforce_eager: bool = False  # a GPU captures no steps
     threads: int | None = None  # compute threads on a CPU; None = one a free core
 
 

@@ -16,6 +16,7 @@ from bench.gpu.machine import Machine
 from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.scheduler import Scheduler
 from llmd.fetch import fetch
+from llmd.model.captured_sizes import NOTHING_CAPTURED, captured_sizes
 from llmd.model.checkpoint import load_decoder
 from llmd.model.decoder import Decoder
 from llmd.model.kv_cache import KvCache, allocate_kv_cache
@@ -50,15 +51,22 @@ class LoadedModel:
         # the last runner is a cycle: its graphs go now and not while others are captured
         gc.collect()
         sizes = self.machine.sizes.steps
+        max_num_seqs = max(sizes.buckets)
+        captured = captured_sizes(
+            self.decoder.spec,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=max_num_tokens,
+            dtype_bytes=self.decoder.dtype.itemsize,
+        )
         return GpuRunner(
             self.decoder,
             self.kv,
             stream,
             max_model_len=sizes.max_model_len,
-            max_num_seqs=max(sizes.buckets),
+            max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
             device=self.machine.device,
-            with_graphs=with_graphs,
+            captured=captured if with_graphs else NOTHING_CAPTURED,
         )
 
     def engine(self, *, max_num_tokens: int, with_graphs: bool = True) -> Engine:
@@ -119,17 +127,18 @@ class WatchedStream:
         return graph
 
 
-def decode_plans(model: LoadedModel, *, num_seqs: int, num_steps: int) -> list[StepPlan]:
+def decode_plans(model: LoadedModel, *, num_seqs: int, num_steps: int, chunk: int = 0) -> list[StepPlan]:
     """Steps in which so many new sequences decode, as if their prompts had been computed; then one that drops them.
 
     Keys and values of the prompts are whatever the cache holds: no time depends on them.
+    chunk: so many tokens of another sequence's prompt are computed in each step, the same ones again and again.
     """
     context, block_size = model.machine.sizes.step_context, model.kv.block_size
     num_blocks = -(-(context + num_steps) // block_size)
-    if num_seqs * num_blocks > model.num_blocks:
-        raise RuntimeError(f"{num_seqs} contexts of {context} tokens do not fit into {model.num_blocks} blocks")
+    ids = list(range(num_seqs + (chunk > 0)))
+    if len(ids) * num_blocks > model.num_blocks:
+        raise RuntimeError(f"{len(ids)} contexts of {context} tokens do not fit into {model.num_blocks} blocks")
     sampling = SamplingParams(max_tokens=num_steps + 1, seed=0, temperature=0.0)
-    ids = list(range(num_seqs))
     plans = []
     for index in range(num_steps):
         new = [
@@ -144,9 +153,9 @@ def decode_plans(model: LoadedModel, *, num_seqs: int, num_steps: int) -> list[S
                 new=new,
                 new_block_ids=new_block_ids,
                 sequence_ids=ids,
-                starts=[context - 1 + index] * num_seqs,
-                num_tokens=[1] * num_seqs,
-                samples=[True] * num_seqs,
+                starts=[context - 1 + index] * num_seqs + [context - chunk] * (chunk > 0),
+                num_tokens=[1] * num_seqs + [chunk] * (chunk > 0),
+                samples=[True] * num_seqs + [False] * (chunk > 0),
             )
         )
     return [*plans, StepPlan(step_id=num_steps, dropped=ids, sequence_ids=[], starts=[], num_tokens=[], samples=[])]

@@ -63,6 +63,7 @@ class Steps:
     max_num_tokens: int  # of a step
     buckets: tuple[int, ...]  # sequences that decode at once
     num_steps: int  # that are timed
+    mixed: tuple[tuple[int, int], ...]  # (sequences that decode, tokens of a prompt beside them)
     # Of requests that must have the same answers in whatever way they are run.
     prompts: tuple[int, ...]  # tokens
     num_answered: int  # tokens
@@ -142,6 +143,7 @@ WHOLE = Sizes(
         max_num_tokens=2048,
         buckets=(1, 32, 256, 128, 64, 8),
         num_steps=64,
+        mixed=((32, 64), (128, 128)),
         prompts=(700, 333, 90, 1025),
         num_answered=24,
         num_together=32,
@@ -192,6 +194,7 @@ TINY = Sizes(
         max_num_tokens=16,
         buckets=(2,),
         num_steps=2,
+        mixed=((1, 8),),
         prompts=(9,),
         num_answered=3,
         num_together=2,

@@ -53,6 +53,10 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
         recorder.row("random weights and KV cache", lambda: {"s": seconds, "blocks": model.num_blocks})
         for num_seqs in machine.sizes.steps.buckets:
             recorder.row(f"decode step, {num_seqs} at once", lambda num_seqs=num_seqs: _time(model, num_seqs, folder))
+        for num_seqs, chunk in machine.sizes.steps.mixed:
+            for how in ("", ", launched one by one"):
+                time_mixed = functools.partial(_time_mixed, model, num_seqs, chunk, with_graphs=not how)
+                recorder.row(f"mixed step, {num_seqs} decode beside {chunk} of a prompt{how}", time_mixed)
         same = SameTokens(model)
         recorder.row("graphs as launches one by one", lambda: same.compare(with_graphs=False))
         recorder.row("alone as in company", lambda: same.compare(in_company=True))
@@ -72,11 +76,30 @@ def _compile(machine: Machine, pool: Pool) -> Values:
 
 def _time(model: LoadedModel, num_seqs: int, folder: Path) -> Values:
     """Of one step: all of it while the host launches ahead, its graph alone, and what the host does for it."""
+    machine = model.machine
+    values = _time_steps(model, num_seqs)
+    step = values["us"] / 1e6
+    values["tok/s"] = num_seqs / step
+    peaks = read_peaks(folder)
+    if peaks is not None:
+        limit = Limits(Peaks(*peaks), machine.sizes.model).decode_step(num_seqs, machine.sizes.step_context)
+        values |= {"limit us": limit * 1e6, "of limit": limit / step}
+    return values
+
+
+def _time_mixed(model: LoadedModel, num_seqs: int, chunk: int, *, with_graphs: bool) -> Values:
+    """Of one step that computes part of a prompt beside those that decode."""
+    values = _time_steps(model, num_seqs, chunk=chunk, with_graphs=with_graphs)
+    return {**values, "tok/s": (num_seqs + chunk) / (values["us"] / 1e6)}
+
+
+def _time_steps(model: LoadedModel, num_seqs: int, *, chunk: int = 0, with_graphs: bool = True) -> dict[str, float]:
     machine, sizes = model.machine, model.machine.sizes.steps
     stream = WatchedStream(machine.stream())
-    runner = model.runner(stream, max_num_tokens=max(sizes.buckets))
+    runner = model.runner(stream, max_num_tokens=max(sizes.buckets) + chunk, with_graphs=with_graphs)
     num_read = sizes.num_steps // 2
-    *plans, end = decode_plans(model, num_seqs=num_seqs, num_steps=_FIRST_STEPS + sizes.num_steps + num_read)
+    num_steps = _FIRST_STEPS + sizes.num_steps + num_read
+    *plans, end = decode_plans(model, num_seqs=num_seqs, num_steps=num_steps, chunk=chunk)
     run_steps(runner, plans[:_FIRST_STEPS])
     machine.synchronize()
 
@@ -91,20 +114,11 @@ def _time(model: LoadedModel, num_seqs: int, folder: Path) -> Values:
         for _ in range(sizes.num_steps):
             stream.graphs[-1]()
 
-    graph = machine.elapsed(replay) / sizes.num_steps
     launch, read = statistics.median(launches), statistics.median(reads)
-    values = {
-        "us": step * 1e6,
-        "graph us": graph * 1e6,
-        "idle us": max(0.0, step - graph) * 1e6,
-        "host us": (launch + read) * 1e6,
-        "launch us": launch * 1e6,
-        "tok/s": num_seqs / step,
-    }
-    peaks = read_peaks(folder)
-    if peaks is not None:
-        limit = Limits(Peaks(*peaks), machine.sizes.model).decode_step(num_seqs, machine.sizes.step_context)
-        values |= {"limit us": limit * 1e6, "of limit": limit / step}
+    values = {"us": step * 1e6, "host us": (launch + read) * 1e6, "launch us": launch * 1e6}
+    if with_graphs:
+        graph = machine.elapsed(replay) / sizes.num_steps
+        values |= {"graph us": graph * 1e6, "idle us": max(0.0, step - graph) * 1e6}
     return values
 
 

@@ -123,8 +123,8 @@ def _add_memory_flags(device: argparse._ArgumentGroup) -> None:
     device.add_argument(
         "--enforce-eager",
         action="store_true",
-        help="launch each kernel of a GPU's decode steps, instead of capturing them as CUDA graphs: slower, to find "
-        "faults (no effect on a CPU)",
+        help="launch each kernel of a GPU's steps, instead of capturing them as CUDA graphs: slower, to find faults "
+        "(no effect on a CPU)",
     )
     device.add_argument(
         "--threads", type=_at_least(1, int), metavar="N", help="compute threads on a CPU (default: one a core)"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
+from llmd.model.captured_sizes import NOTHING_CAPTURED, CapturedSizes, captured_sizes, graph_bytes
 from llmd.model.memory import (
     activation_bytes,
     dequantized_bytes,
-    graph_bytes,
     kv_bytes_per_token,
     rope_bytes,
     step_state_bytes,
@@ -42,6 +42,7 @@ class MemoryLedger:
     block_size: int  # tokens
     max_model_len: int
     wanted_model_len: int  # before it was reduced to fit
+    captured: CapturedSizes  # steps of a GPU that there is room for as graphs
 
     def lines(self) -> list[str]:
         """For the operator."""
@@ -100,6 +101,7 @@ def plan_memory(
     )
     if keeps_quantized:
         activations += dequantized_bytes(spec, dtype_bytes=dtype_bytes)
+    captured = NOTHING_CAPTURED
     if not on_cpu:
         activations += step_state_bytes(
             spec,
@@ -110,7 +112,13 @@ def plan_memory(
             dtype_bytes=dtype_bytes,
         )
         if not model.enforce_eager:
-            activations += graph_bytes(spec, max_num_seqs=scheduler.max_num_seqs, dtype_bytes=dtype_bytes)
+            captured = captured_sizes(
+                spec,
+                max_num_seqs=scheduler.max_num_seqs,
+                max_num_tokens=scheduler.max_num_batched_tokens,
+                dtype_bytes=dtype_bytes,
+            )
+            activations += graph_bytes(spec, captured, dtype_bytes=dtype_bytes)
     block_bytes = cache.block_size * kv_bytes_per_token(spec, dtype_bytes=kv_dtype_bytes)
     usable = available_bytes if on_cpu else int(available_bytes * cache.memory_utilization)
     left = usable - weights - activations
@@ -130,6 +138,7 @@ def plan_memory(
         block_size=cache.block_size,
         max_model_len=min(wanted_model_len, num_blocks * cache.block_size),
         wanted_model_len=wanted_model_len,
+        captured=captured,
     )
 
 

@@ -1,7 +1,6 @@
 """What a model needs of memory, in bytes, from its spec alone. Pure: for `llmd check` and the worker's ledger."""
 
-from llmd.model.decode_sizes import sizes_for
-from llmd.model.parallel import FLOAT32_BYTES, Rank, units_of
+from llmd.model.parallel import FLOAT32_BYTES, ONE_RANK, Rank, units_of
 from llmd.model.parameters import parameters
 from llmd.model.quantized_layouts import kept_bytes, kept_parameters
 from llmd.model.spec import LayerSpec, ModelSpec
@@ -9,11 +8,6 @@ from llmd.model.spec import LayerSpec, ModelSpec
 INT32_BYTES, INT64_BYTES = 4, 8
 # What attention's programs hand to one another: values (64 MiB at most), and some sums beside them.
 ATTENTION_SCRATCH_BYTES = 80 << 20
-# A captured launch holds its parameters and its node; a layer of a dense model has 7 to 12.
-LAUNCH_BYTES = 4 << 10
-LAUNCHES_PER_LAYER = 12
-DECODE_KINDS = 2  # steps that end with drawn tokens, and those that end with hidden states
-ONE_RANK = Rank()
 
 
 def num_parameters(spec: ModelSpec) -> int:
@@ -101,15 +95,3 @@ def step_state_bytes(
     num_inputs = 4 * max_num_tokens + 8 * max_num_seqs
     hidden = max_num_seqs * spec.hidden_size * dtype_bytes
     return tables + num_inputs * INT64_BYTES + hidden + ATTENTION_SCRATCH_BYTES
-
-
-def graph_bytes(spec: ModelSpec, *, max_num_seqs: int, dtype_bytes: int) -> int:
-    """The graphs of decode steps, at most: an estimate, not measured on a device.
-
-    They share one pool, which holds the activations of the largest step; as they are captured in any order, twice
-    that. Beside it each holds its launches.
-    """
-    sizes = sizes_for(max_num_seqs)
-    pool = 2 * activation_bytes(spec, max_num_tokens=sizes[-1], max_num_logits=0, dtype_bytes=dtype_bytes)
-    num_launches = LAUNCHES_PER_LAYER * len(spec.layers) * DECODE_KINDS * len(sizes)
-    return pool + num_launches * LAUNCH_BYTES

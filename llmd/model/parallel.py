@@ -34,6 +34,9 @@ class Rank:
     size: int = 1
 
 
+ONE_RANK = Rank()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertView:
     """One expert's matrix or bias in a tensor that has those of all experts, one behind the other."""

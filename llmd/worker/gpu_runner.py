@@ -1,7 +1,7 @@
 """Steps on a GPU: the host says which rows run, the device knows their tokens. Nothing here waits for the device but
 the results, so that the next step is on its way while one runs. Runs plans strictly in the order given.
 
-Decode steps run in buckets of rows, as graphs; the launches of all others are made one by one.
+Steps run as graphs where those pay (model/captured_sizes.py); the launches of all others are made one by one.
 """
 
 from bisect import bisect_left
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmd.model.decode_sizes import sizes_for
+from llmd.model.captured_sizes import NOTHING_CAPTURED, CapturedSizes
 from llmd.model.inputs import ModelInputs
 from llmd.model.kv_cache import KvCache
 from llmd.protocol.steps import StepPlan, StepResult
 from llmd.worker.answers import LaunchedStep, LogprobsTable
 from llmd.worker.captured_work import CapturedWork
-from llmd.worker.decode_bucket import DecodeBucket, DecodeKind, allocate_bucket
 from llmd.worker.places import NO_ROWS, Places, StepRows
 from llmd.worker.runner import DoneStep, PendingStep
+from llmd.worker.step_bucket import StepBucket, StepKind, StepSize, allocate_bucket
 from llmd.worker.step_buffer import PackedStep, StepMemory, pack
 from llmd.worker.stream import Stream
 from llmd_kernels import (
@@ -80,7 +80,7 @@ class Model(Protocol):
 class GpuRunner:
     """Runs plans. The cache has one block more than the scheduler knows of, for padding tokens.
 
-    with_graphs: capture decode steps. Where attention has no kernel for the model they are launched one by one too.
+    captured: the steps to capture. Where attention has no kernel for the model there are none.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GpuRunner:
         max_num_seqs: int,
         max_num_tokens: int,
         device: torch.device,
-        with_graphs: bool = True,
+        captured: CapturedSizes = NOTHING_CAPTURED,
     ) -> None:
         self._model = model
         self._kv = kv
@@ -108,23 +108,25 @@ class GpuRunner:
         num_tokens = _padded(max_num_tokens)
         self._inputs = allocate_inputs(max_num_seqs, num_tokens, num_logits, device=device)
 
-        self._sizes = sizes_for(max_num_seqs)
-        self._buckets: dict[int, DecodeBucket] = {}
+        self._buckets: dict[StepSize, StepBucket] = {}
         self._sent = self._memory(torch.zeros(_CAPTURED_NUMBERS, dtype=torch.int32, device=device))
-        self._drawn = torch.zeros(self._sizes[-1], dtype=torch.int64, device=device)
-        self._hidden = torch.zeros(self._sizes[-1], model.hidden_size, dtype=model.dtype, device=device)
+        self._drawn = torch.zeros(captured.max_rows, dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(captured.max_rows, model.hidden_size, dtype=model.dtype, device=device)
         # that of the largest bucket has room for what the programs of all others hand to one another
         self._largest_work: AttentionWork | None = None
-        if with_graphs:
-            self._largest_work = self._allocate_work(self._sizes[-1])
-        endings = [True, False] if model.can_draw else [False]
-        kinds = [DecodeKind(size, draws) for draws in endings for size in self._sizes]
-        self._decode = CapturedWork(stream, self._run_decode, kinds if self.has_graphs else [])
+        if captured.rows:
+            self._largest_work = self._allocate_work(StepSize(captured.max_rows, captured.max_tokens))
+        self.captured = captured if self._largest_work is not None else NOTHING_CAPTURED
+        self._steps = CapturedWork(stream, self._run_captured, self._kinds())
 
-    @property
-    def has_graphs(self) -> bool:
-        """Whether decode steps are captured."""
-        return self._largest_work is not None
+    def _kinds(self) -> list[StepKind]:
+        """Of all steps that are captured. A decode step takes the least beside its launches, so those come first."""
+        decoding = [StepSize(size, size) for size in self.captured.rows]
+        other = [StepSize(self.captured.max_rows, size) for size in self.captured.tokens]
+        endings = [True, False] if self._model.can_draw else [False]
+        return [StepKind(size, draws) for draws in endings for size in decoding] + [
+            StepKind(size, draws=False) for size in other
+        ]
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -132,24 +134,25 @@ class GpuRunner:
         rows, new_entries = self._places.take_in(plan)
         if not rows:
             return DoneStep(StepResult(step_id=plan.step_id, token_ids=[]))
-        if self.has_graphs and (size := self._bucket_size(rows)) is not None:
-            packed = self._pack(rows, new_entries, max_rows=size)
+        size = self._captured_size(rows)
+        if size is not None:
+            packed = self._pack(rows, new_entries, max_rows=size.max_rows)
             if len(packed.numbers) <= _CAPTURED_NUMBERS:
-                return self._launch_decode(plan.step_id, rows, packed)
+                return self._launch_captured(plan.step_id, rows, packed, size)
         return self._launch_eagerly(plan.step_id, rows, new_entries)
 
     @torch.inference_mode()
     def prepare(self) -> bool:
-        """Capture one kind of decode step, by steps without rows: they change nothing."""
-        kind = self._decode.next_to_capture()
+        """Capture one kind of step, by steps without rows: they change nothing."""
+        kind = self._steps.next_to_capture()
         if kind is None:
             return False
-        self._allocate_bucket(kind.max_rows)
-        nothing = pack(NO_ROWS, [], self._places.records, max_rows=kind.max_rows, can_draw=kind.draws)
+        self._allocate_bucket(kind.size)
+        nothing = pack(NO_ROWS, [], self._places.records, max_rows=kind.size.max_rows, can_draw=kind.draws)
         self._stream.upload(nothing.numbers, self._sent.numbers)
         # the first time loads what it launches, the second time it is captured
-        self._decode.run(kind)
-        self._decode.run(kind)
+        self._steps.run(kind)
+        self._steps.run(kind)
         return True
 
     def _memory(self, numbers: Tensor) -> StepMemory:
@@ -161,24 +164,32 @@ class GpuRunner:
         can_draw = self._model.can_draw
         return pack(rows, new_entries, self._places.records, max_rows=max_rows, can_draw=can_draw, work=work)
 
-    def _bucket_size(self, rows: StepRows) -> int | None:
-        """The bucket for a step of these rows; None if it is no decode step or too large."""
-        index = bisect_left(self._sizes, len(rows))
-        return self._sizes[index] if rows.are_decoding and index < len(self._sizes) else None
+    def _captured_size(self, rows: StepRows) -> StepSize | None:
+        """The smallest that holds these rows; None where such steps are not captured."""
+        if rows.prompts or len(rows) > self.captured.max_rows:
+            return None
+        if rows.total_tokens == len(rows):
+            size = self.captured.rows[bisect_left(self.captured.rows, len(rows))]
+            return StepSize(size, size)
+        index = bisect_left(self.captured.tokens, rows.total_tokens)
+        return (
+            StepSize(self.captured.max_rows, self.captured.tokens[index]) if index < len(self.captured.tokens) else None
+        )
 
-    def _launch_decode(self, step_id: int, rows: StepRows, packed: PackedStep) -> PendingStep:
-        kind = DecodeKind(packed.max_rows, packed.draws_plainly)
-        self._allocate_bucket(kind.max_rows)
+    def _launch_captured(self, step_id: int, rows: StepRows, packed: PackedStep, size: StepSize) -> PendingStep:
+        is_decoding = size.max_tokens == size.max_rows
+        kind = StepKind(size, draws=packed.draws_plainly and is_decoding)
+        self._allocate_bucket(size)
         self._stream.upload(packed.numbers, self._sent.numbers)
-        self._decode.run(kind)
+        self._steps.run(kind)
         if kind.draws:
             return LaunchedStep(step_id, rows, self._drawn[: len(rows.drawing)], self._stream)
-        hidden = self._hidden[: kind.max_rows]
-        return self._finish(step_id, rows, packed, self._sent, hidden, self._buckets[kind.max_rows].inputs)
+        hidden = self._hidden[: size.max_rows]
+        return self._finish(step_id, rows, packed, self._sent, hidden, self._buckets[size].inputs)
 
-    def _run_decode(self, kind: DecodeKind) -> None:
+    def _run_captured(self, kind: StepKind) -> None:
         """What is captured: it reads and writes memory at fixed addresses alone."""
-        bucket, max_rows = self._buckets[kind.max_rows], kind.max_rows
+        bucket, max_rows = self._buckets[kind.size], kind.size.max_rows
         self._take_in_step(self._sent, bucket.inputs, bucket.work_lists)
         hidden = self._model.hidden(bucket.model_inputs, self._kv)
         if kind.draws:
@@ -284,7 +295,7 @@ class GpuRunner:
                 logprobs = token_logprobs_on_device(logits, next_ids, wanted.num_top)
                 yield LogprobsTable(logprobs, [row] * len(logits), of_prompt=True)
 
-    def _allocate_bucket(self, size: int) -> None:
+    def _allocate_bucket(self, size: StepSize) -> None:
         """Once for each."""
         if size not in self._buckets:
             work_lists = self._allocate_work(size)
@@ -293,11 +304,11 @@ class GpuRunner:
                 size, self._tables, work_lists, block_size=self._kv.block_size, device=self._device
             )
 
-    def _allocate_work(self, size: int) -> AttentionWork | None:
+    def _allocate_work(self, size: StepSize) -> AttentionWork | None:
         return allocate_work(
             self._model.layer_kinds,
-            max_seqs=size,
-            max_tokens=size,
+            max_seqs=size.max_rows,
+            max_tokens=size.max_tokens,
             max_len=self._max_model_len,
             block_size=self._kv.block_size,
             q_dtype=self._model.dtype,

@@ -74,8 +74,8 @@ def run_rank(config: WorkerConfig, control: ControlChannel) -> None:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise StartupFailed(f"the memory for weights and KV cache is not there: {error}") from error
     runner = _make_runner(config, model, kv, memory, device)
-    if isinstance(runner, GpuRunner) and not (runner.has_graphs or config.model.enforce_eager):
-        control.send(Line("decode steps are not captured as CUDA graphs: attention has no kernel for this model here"))
+    if isinstance(runner, GpuRunner) and not (runner.captured.rows or config.model.enforce_eager):
+        control.send(Line("steps are not captured as CUDA graphs: attention has no kernel for this model here"))
     control.send(ChildReady())
     ready = RankReady(
         rank=config.rank,
@@ -150,7 +150,7 @@ def _gpu_runner(config: WorkerConfig, model: Decoder, kv: KvCache, memory: Memor
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_tokens=config.scheduler.max_num_batched_tokens,
         device=model.device,
-        with_graphs=not config.model.enforce_eager,
+        captured=memory.captured,
     )
 
 

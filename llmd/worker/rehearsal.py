@@ -22,8 +22,8 @@ WAYS_OF_DRAWING = (
     SamplingParams(max_tokens=1, seed=0, top_k=2),
     SamplingParams(max_tokens=1, seed=0, logit_bias={0: 1.0}),
     SamplingParams(max_tokens=1, seed=0, repetition_penalty=2, min_p=0.5),
-    SamplingParams(max_tokens=1, seed=0, num_prompt_logprobs=0),
 )
+ABOUT_THE_PROMPT = SamplingParams(max_tokens=1, seed=0, num_prompt_logprobs=0)
 # More may be allowed; that takes one kernel more, when it is asked for.
 MAX_LOGPROBS = 20
 
@@ -52,7 +52,9 @@ def rehearse(runner: GpuRunner, *, max_num_seqs: int, max_num_tokens: int, max_m
         yield
     plans = _Plans(max_num_seqs, max_num_tokens, max_model_len)
     for num_tokens in _sizes(max_num_tokens, step=TOKEN_MULTIPLE):
-        runner.launch(plans.prefill(num_tokens))
+        # of a size that is captured, and yet launched one by one
+        is_small = num_tokens <= runner.captured.max_tokens
+        runner.launch(plans.prefill(num_tokens, ABOUT_THE_PROMPT if is_small else PLAIN))
         yield
     for num_rows in _sizes(min(max_num_seqs, max_num_tokens - 1), step=1):
         for sampling in (PLAIN, _with_logprobs(0)):
@@ -83,11 +85,11 @@ class _Plans:
         self._num_sequences = 0
         self._live: list[int] = []
 
-    def prefill(self, num_tokens: int) -> StepPlan:
+    def prefill(self, num_tokens: int, sampling: SamplingParams) -> StepPlan:
         """So many tokens, of as few sequences as can have them, or as many as can."""
         full, rest = divmod(num_tokens, self._max_model_len)
         lens = ([self._max_model_len] * full + [rest] * (rest > 0))[: self._max_num_seqs]
-        return self._plan(lens, PLAIN)
+        return self._plan(lens, sampling)
 
     def drawing(self, num_rows: int, sampling: SamplingParams) -> StepPlan:
         """So many tokens are drawn; one sequence more than a token long, so that it is no decode step."""

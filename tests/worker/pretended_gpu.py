@@ -12,6 +12,7 @@ from llmd.config import CacheConfig, SchedulerConfig
 from llmd.engine.scheduler import Scheduler
 from llmd.model import checkpoint
 from llmd.model import decoder as decoder_module
+from llmd.model.captured_sizes import NOTHING_CAPTURED, captured_sizes
 from llmd.model.checkpoint import load_decoder
 from llmd.model.decoder import Decoder
 from llmd.model.kv_cache import KvCache, allocate_kv_cache
@@ -102,6 +103,9 @@ def gpu_runner(
     max_num_seqs: int = MAX_NUM_SEQS,
 ) -> Runner:
     """For use inside of `pretended_gpu`."""
+    captured = captured_sizes(
+        decoder.spec, max_num_seqs=max_num_seqs, max_num_tokens=chunk, dtype_bytes=decoder.dtype.itemsize
+    )
     return NeverWaiting(
         GpuRunner(
             decoder,
@@ -111,7 +115,7 @@ def gpu_runner(
             max_num_seqs=max_num_seqs,
             max_num_tokens=chunk,
             device=CPU,
-            with_graphs=with_graphs,
+            captured=captured if with_graphs else NOTHING_CAPTURED,
         )
     )
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmd.model.captured_sizes import captured_sizes
 from llmd.model.checkpoint import load_without_memory
 from llmd.model.decoder import Decoder
 from llmd.model.kv_cache import allocate_kv_cache
@@ -117,6 +118,9 @@ def watched(decoder: Decoder) -> Iterator[Watched]:
             max_num_seqs=MAX_NUM_SEQS,
             max_num_tokens=CHUNK,
             device=DEVICE,
+            captured=captured_sizes(
+                decoder.spec, max_num_seqs=MAX_NUM_SEQS, max_num_tokens=CHUNK, dtype_bytes=decoder.dtype.itemsize
+            ),
         )
         yield Watched(runner, stream)
 

@@ -12,7 +12,7 @@ import torch
 from make_tiny_model import make_tiny_model
 from torch import Tensor
 
-from llmd.model import decode_sizes
+from llmd.model import captured_sizes
 from llmd.model.decoder import Decoder
 from llmd.protocol.generation import SamplingParams
 from llmd.protocol.steps import NewSequence, SequenceStep, StepPlan
@@ -109,6 +109,22 @@ def test_decode_steps_of_many_sizes(cpu_decoder: Decoder, gpu_decoder: Decoder) 
     assert run.stream.num_uploads == run.stream.num_downloads == run.scheduler.statistics().num_steps
 
 
+def test_prompts_in_captured_steps(cpu_decoder: Decoder, gpu_decoder: Decoder) -> None:
+    """Parts of prompts beside sequences that decode, drawn in all ways: most steps are graphs, of several sizes."""
+    requests = [
+        generate_request(i, prompt(20 + 5 * i, i), max_tokens=6, **sampling)
+        for i, sampling in enumerate(each for each in SAMPLINGS if "num_prompt_logprobs" not in each)
+    ]
+    run = run_on_gpu(gpu_decoder, requests, chunk=24)
+    assert_same(run, cpu_engine(cpu_decoder, chunk=24).run(requests))
+    num_steps = run.scheduler.statistics().num_steps
+    num_prompt_steps = sum(20 + 5 * i for i in range(len(requests))) // 24
+    assert run.stream.num_replays > num_steps - num_prompt_steps
+    assert run.stream.num_uploads == run.stream.num_downloads == num_steps
+    one_by_one = run_on_gpu(gpu_decoder, requests, chunk=24, with_graphs=False)
+    assert one_by_one.answers == run.answers
+
+
 def test_preempted_sequences_come_again(cpu_decoder: Decoder, gpu_decoder: Decoder) -> None:
     requests = [generate_request(i, prompt(14, i), max_tokens=6, temperature=0.0) for i in range(3)]
     # room for the prompts, not for the answers: the last one has to go, and comes again
@@ -136,10 +152,12 @@ def test_no_bit_depends_on_how_a_request_is_run(gpu_decoder: Decoder) -> None:
 
 
 def test_graphs_are_made_while_nothing_runs(gpu_decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_sizes, "SIZES", (1, 2))
+    monkeypatch.setattr(captured_sizes, "ROW_SIZES", (1, 2))
+    monkeypatch.setattr(captured_sizes, "TOKEN_SIZES", (8,))
     request = generate_request(0, prompt(3, 1), max_tokens=4, temperature=0.0)
     prepared, unprepared = (run_on_gpu(gpu_decoder, [request], num_prepared=n) for n in (10, 0))
-    assert prepared.stream.num_captures == 4
+    # decode steps of either size with either ending, and others
+    assert prepared.stream.num_captures == 5
     assert unprepared.stream.num_captures == 1
     assert prepared.answers[0].token_ids == unprepared.answers[0].token_ids
 

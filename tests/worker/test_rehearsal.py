@@ -22,6 +22,7 @@ from llmd.child import ControlChannel
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig, WorkerConfig
 from llmd.engine.scheduler import Scheduler
 from llmd.model import checkpoint
+from llmd.model.captured_sizes import NOTHING_CAPTURED, CapturedSizes, captured_sizes
 from llmd.model.checkpoint import load_decoder, load_without_memory
 from llmd.model.decoder import Decoder
 from llmd.model.kv_cache import allocate_kv_cache
@@ -42,6 +43,7 @@ from tests.worker.engine import BLOCK_SIZE, Engine, generate_request
 MAX_MODEL_LEN = 400
 MAX_NUM_SEQS = 36
 MAX_NUM_TOKENS = 300
+MAX_CAPTURED_TOKENS = 128
 NUM_BLOCKS = 1500
 
 
@@ -94,6 +96,9 @@ class Arrived:
 def gpu_runner(model: Decoder, stream: Stream, *, kv_dtype: torch.dtype, with_graphs: bool) -> GpuRunner:
     spec = replace(model.spec, layers=model.spec.layers[: model.num_layers])
     kv = allocate_kv_cache(spec, num_blocks=NUM_BLOCKS + 1, block_size=BLOCK_SIZE, dtype=kv_dtype, device=model.device)
+    captured = captured_sizes(
+        model.spec, max_num_seqs=MAX_NUM_SEQS, max_num_tokens=MAX_CAPTURED_TOKENS, dtype_bytes=model.dtype.itemsize
+    )
     return GpuRunner(
         model,
         kv,
@@ -102,7 +107,7 @@ def gpu_runner(model: Decoder, stream: Stream, *, kv_dtype: torch.dtype, with_gr
         max_num_seqs=MAX_NUM_SEQS,
         max_num_tokens=MAX_NUM_TOKENS,
         device=model.device,
-        with_graphs=with_graphs,
+        captured=captured if with_graphs else NOTHING_CAPTURED,
     )
 
 
@@ -262,6 +267,7 @@ def test_a_rank_rehearses_its_own_model(tmp_path: Path, monkeypatch: pytest.Monk
     memory = MemoryLedger(
         weights=0, activations=0, kv_cache=0, free=0, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE,
         max_model_len=MAX_MODEL_LEN, wanted_model_len=500,
+        captured=CapturedSizes(rows=(1, 2, 4, 8, 16, 24, 32, 40), tokens=(16, 32, 48, 64, 80, 96, 112, 128)),
     )  # fmt: skip
     monkeypatch.setattr(rank, "keep_compiled_kernels", lambda _parent, _device: tmp_path / "kernels")
     ours, theirs = socket.socketpair()
