@@ -23,7 +23,15 @@ from llmd_kernels.paged_attention import (
     pack_work,
     paged_attention,
 )
-from llmd_kernels.quantized_linear import Float8Weight, IntWeight, QuantizedWeight, dequantized, pack_int_weight
+from llmd_kernels.quantized_linear import (
+    Float4Weight,
+    Float8Weight,
+    IntWeight,
+    QuantizedWeight,
+    dequantized,
+    pack_float4_weight,
+    pack_int_weight,
+)
 from llmd_kernels.rms_norm import rms_norm
 from llmd_kernels.rope_kv_write import rope_kv_write
 from llmd_kernels.route import route
@@ -66,6 +74,7 @@ __all__ = [
     "AttentionWork",
     "DeviceLogprobs",
     "DeviceSampling",
+    "Float4Weight",
     "Float8Weight",
     "HostLens",
     "IntWeight",
@@ -94,6 +103,7 @@ __all__ = [
     "gated_mul",
     "linear",
     "linear_draw",
+    "pack_float4_weight",
     "pack_int_weight",
     "pack_sampling",
     "pack_step",

@@ -6,14 +6,15 @@ from torch import Tensor
 
 from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.experts import torch_ops
+from llmd_kernels.quantized_linear.weights import QuantizedWeight
 
 
 def experts(
     x: Tensor,
     expert_ids: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
     *,
     activation: Literal["silu", "gelu_tanh", "gelu", "clamped_silu"],
     gate_up_bias: Tensor | None = None,
@@ -26,12 +27,15 @@ def experts(
     expert in gate_up [E, 2·I, H] (the gate's rows, then up's), down [E, H, I], gate_up_bias [E, 2·I], down_bias [E, H].
     An id outside of [0, E), such as that of another rank's expert, stands for no expert and adds nothing.
 
+    A quantised stack is one weight of all experts' outputs, [E·2·I, H] or [E·H, I], without an order of inputs. It
+    gives the bits that `dequantized` numbers give.
+
     A row of the result is bitwise the same whatever the other rows are and however many there are. On a GPU it
     needs no word from the device to the host.
     """
-    biases = [bias for bias in (gate_up_bias, down_bias) if bias is not None]
+    tensors = [tensor for tensor in (gate_up, down, gate_up_bias, down_bias) if isinstance(tensor, Tensor)]
     arguments = (x, expert_ids, weights, gate_up, down, activation, gate_up_bias, down_bias)
-    if uses_triton(x, gate_up, down, *biases):
+    if uses_triton(x, *tensors):
         from llmd_kernels.experts import triton_ops
 
         return triton_ops.experts(*arguments)

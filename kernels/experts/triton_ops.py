@@ -2,21 +2,27 @@
 
 A choice is a pair (token, expert), numbered t · C + c. Its numbers are computed as `linear` computes them: weights are
 the matrix units' rows, choices their columns, every output one chain over K in blocks of BLOCK_K in rising order. So
-its bits depend neither on which other choices share its tile nor on how wide the tile is.
+its bits depend neither on which other choices share its tile nor on how wide the tile is. Quantised stacks are unpacked
+as `quantized_linear` unpacks a weight.
 
 How many choices an expert has only the device knows. Grids are bounds: programs beyond the last tile end at once.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmd_kernels.experts.torch_ops import count_experts, stacked
+from llmd_kernels.experts.triton_group import group
 from llmd_kernels.gated_mul.triton_ops import gated
 from llmd_kernels.linear.triton_ops import BLOCK_K, span_sum, tile_of
-from llmd_kernels.target import at_most, of_one_depth
+from llmd_kernels.quantized_linear.triton_unpack import has_kernel, operands, rows_of, step
+from llmd_kernels.quantized_linear.triton_unpack import span_sum as quantized_sum
+from llmd_kernels.quantized_linear.weights import IntWeight, QuantizedWeight
+from llmd_kernels.target import at_most, is_nvidia, of_one_depth, target_kind
 
 # Tiles of choices that are computed side by side for one tile of outputs, to share what the cache holds.
 GROUP = 8
@@ -26,31 +32,31 @@ def experts(
     x: Tensor,
     expert_ids: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
     activation: Literal["silu", "gelu_tanh", "gelu", "clamped_silu"],
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
     """Products and their weighted sum in float32; rounded are gated_mul's results and, once, what is returned."""
     num_tokens, hidden_size = x.shape
-    num_experts, _, intermediate_size = down.shape
-    num_chosen = expert_ids.shape[1]
+    num_experts, num_chosen = count_experts(down, hidden_size), expert_ids.shape[1]
     num_choices = num_tokens * num_chosen
     y = torch.empty(num_tokens, hidden_size, dtype=x.dtype, device=x.device)
     if num_choices == 0:
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
-    expert_ids, weights, gate_up, down = (part.contiguous() for part in (expert_ids, weights, gate_up, down))
+    expert_ids, weights = expert_ids.contiguous(), weights.contiguous()
     columns = tile_columns(num_choices, num_experts, itemsize=x.itemsize)
     order, places, tiles = group(expert_ids, num_experts, columns)
     num_tiles = tiles.shape[1]
 
+    intermediate_size = down.shape[2] if isinstance(down, Tensor) else down.num_inputs
     inner = torch.empty(num_choices, intermediate_size, dtype=x.dtype, device=x.device)
+    stack = operands_of(gate_up, num_experts, x.dtype)
     outputs, num_warps, num_stages = gate_up_tile(columns, itemsize=x.itemsize)
     gate_up_kernel[(num_tiles * triton.cdiv(intermediate_size, outputs),)](
         x,
-        gate_up,
         gate_up_bias,
         order,
         tiles,
@@ -58,40 +64,61 @@ def experts(
         num_tiles,
         intermediate_size,
         x.stride(0),
+        **stack,
         NUM_CHOSEN=num_chosen,
         K=hidden_size,
+        STEP=step(hidden_size, hidden_size, stack["SCALE_INPUTS"]),
         ACTIVATION=activation,
         OUTPUTS=outputs,
         COLUMNS=columns,
         BLOCK=BLOCK_K,
         GROUP_SIZE=GROUP,
         num_warps=num_warps,
-        num_stages=num_stages,
-        **of_one_depth(),
+        **compiling(stack, columns, num_stages),
     )
     chosen_y = torch.empty(num_choices, hidden_size, dtype=torch.float32, device=x.device)
+    stack = operands_of(down, num_experts, x.dtype)
     outputs, num_warps, num_stages = down_tile(columns, itemsize=x.itemsize)
     down_kernel[(num_tiles * triton.cdiv(hidden_size, outputs),)](
         inner,
-        down,
         down_bias,
         tiles,
         chosen_y,
         num_tiles,
         hidden_size,
+        **stack,
         K=intermediate_size,
+        STEP=step(intermediate_size, intermediate_size, stack["SCALE_INPUTS"]),
         OUTPUTS=outputs,
         COLUMNS=columns,
         BLOCK=BLOCK_K,
         GROUP_SIZE=GROUP,
         num_warps=num_warps,
-        num_stages=num_stages,
-        **of_one_depth(),
+        **compiling(stack, columns, num_stages),
     )
     add_chosen_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
         chosen_y, places, weights, y, hidden_size, NUM_CHOSEN=num_chosen, BLOCK=1024, num_warps=2
     )
     return y
+
+
+def operands_of(stack: Tensor | QuantizedWeight, num_experts: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What both kernels must know of it. Stacks of numbers have no scales."""
+    if isinstance(stack, IntWeight) and stack.input_order is not None:
+        raise ValueError("a stack of experts has its inputs as they come")
+    if not isinstance(stack, Tensor) and has_kernel(stack) and dtype.itemsize == 2:
+        return operands(stack)
+    return {
+        "weights": stacked(stack, num_experts, dtype).contiguous(),
+        "scales": None,
+        "weight_stride": 0,
+        "scale_stride": 0,
+        "group_stride": 0,
+        "KIND": "numbers",
+        "SCALE_DTYPE": tl.float32,
+        "SCALE_OUTPUTS": 1,
+        "SCALE_INPUTS": BLOCK_K,
+    }
 
 
 def tile_columns(num_choices: int, num_experts: int, *, itemsize: int = 2) -> int:
@@ -115,105 +142,20 @@ def down_tile(columns: int, *, itemsize: int = 2) -> tuple[int, int, int]:
     return (64, 4, 5) if columns <= 64 else (128, 8, 3)
 
 
-def group(expert_ids: Tensor, num_experts: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """expert_ids [T, C] → (order [T·C]: choices by expert, then number; places [T·C] in it; tiles [3, most possible]).
-
-    A tile is (expert, first, end): that many places in `order`, at most `columns`, all of one expert. Tiles beyond the
-    last one have expert −1, choices of no expert have place −1; what `order` holds behind the others is undefined.
-    """
-    num_choices = expert_ids.numel()
-    # Each expert can leave one tile that is not full.
-    num_tiles = min(num_choices, (num_choices + min(num_experts, num_choices) * (columns - 1)) // columns)
-    order, places = torch.empty(2, num_choices, dtype=torch.int32, device=expert_ids.device)
-    tiles = torch.empty(3, num_tiles, dtype=torch.int32, device=expert_ids.device)
-    group_kernel[(num_experts,)](
-        expert_ids,
-        order,
-        places,
-        tiles,
-        num_choices,
-        num_tiles,
-        columns,
-        NUM_EXPERTS=num_experts,
-        # One more, for choices of no expert.
-        BINS=max(32, triton.next_power_of_2(num_experts + 1)),
-        BLOCK=256 if num_choices <= 256 else 2048,
-        num_warps=8,
-        **at_most(128),
-    )
-    return order, places, tiles
-
-
-@triton.jit(do_not_specialize=["num_choices", "max_tiles", "columns"])
-def group_kernel(
-    expert_ids,
-    order,
-    places,
-    tiles,
-    num_choices,
-    max_tiles,
-    columns,
-    NUM_EXPERTS: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid: (experts,). A program counts the choices of all experts, then finds and writes the places of its own.
-
-    The last one also writes what belongs to nobody.
-    """
-    expert = tl.program_id(0)
-    block, bins = tl.arange(0, BLOCK), tl.arange(0, BINS)
-    counts = tl.zeros([BINS], tl.int32)
-    for start in range(0, num_choices, BLOCK):
-        counts += tl.histogram(load_ids(expert_ids, start + block, num_choices, NUM_EXPERTS), BINS)
-    counts = tl.where(bins < NUM_EXPERTS, counts, 0)
-    first = tl.sum(tl.where(bins < expert, counts, 0))
-    end = first + tl.sum(tl.where(bins == expert, counts, 0))
-
-    before = first
-    for start in range(0, num_choices, BLOCK):
-        choices = start + block
-        ids = load_ids(expert_ids, choices, num_choices, NUM_EXPERTS)
-        is_own = ids == expert
-        place = before + tl.cumsum(is_own.to(tl.int32), 0) - 1
-        tl.store(order + place, choices, mask=is_own)
-        tl.store(places + choices, place, mask=is_own)
-        before += tl.sum(is_own.to(tl.int32))
-        if expert == NUM_EXPERTS - 1:
-            tl.store(places + choices, place * 0 - 1, mask=(ids == NUM_EXPERTS) & (choices < num_choices))
-
-    num_tiles = (counts + columns - 1) // columns
-    first_tile = tl.sum(tl.where(bins < expert, num_tiles, 0))
-    end_tile = first_tile + tl.sum(tl.where(bins == expert, num_tiles, 0))
-    for start in range(first_tile, end_tile, BLOCK):
-        tile = start + block
-        tile_first = first + (tile - first_tile) * columns
-        store_tiles(tiles, tile, tile < end_tile, max_tiles, expert, tile_first, tl.minimum(tile_first + columns, end))
-    if expert == NUM_EXPERTS - 1:
-        for start in range(end_tile, max_tiles, BLOCK):
-            tile = start + block
-            store_tiles(tiles, tile, tile < max_tiles, max_tiles, -1, tile * 0, tile * 0)
-
-
-@triton.jit
-def load_ids(expert_ids, choices, num_choices, NUM_EXPERTS: tl.constexpr):
-    """The experts of these choices; NUM_EXPERTS where there is none."""
-    ids = tl.load(expert_ids + choices, mask=choices < num_choices, other=-1)
-    return tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS)
-
-
-@triton.jit
-def store_tiles(tiles, tile, mask, max_tiles, expert, first, end):
-    """Write the records of these tiles."""
-    tl.store(tiles + tile, tile * 0 + expert, mask=mask)
-    tl.store(tiles + max_tiles + tile, first, mask=mask)
-    tl.store(tiles + 2 * max_tiles + tile, end, mask=mask)
+def compiling(stack: dict[str, Any], columns: int, num_stages: int) -> dict[str, int]:
+    """The pipeline's stages, and what else compilers are told."""
+    kind = target_kind()
+    if stack["KIND"] == "numbers" or kind is None:
+        return {"num_stages": num_stages, **of_one_depth()}
+    # AMD's compiler fails on deeper pipelines where weights are computed with before they are multiplied.
+    num_stages = num_stages if is_nvidia(kind) else 2
+    # Narrow tiles do not spill, and would be given more registers than they need.
+    return {"num_stages": num_stages, **of_one_depth(), **(at_most(255) if columns > 16 else {})}
 
 
 @triton.jit(do_not_specialize=["max_tiles"])
 def gate_up_kernel(
     x,
-    gate_up,
     bias,
     order,
     tiles,
@@ -221,15 +163,25 @@ def gate_up_kernel(
     max_tiles,
     num_outputs,
     x_stride,
+    weights,
+    scales,
+    weight_stride,
+    scale_stride,
+    group_stride,
+    KIND: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    SCALE_OUTPUTS: tl.constexpr,
+    SCALE_INPUTS: tl.constexpr,
     NUM_CHOSEN: tl.constexpr,
     K: tl.constexpr,
+    STEP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """x [T, K], gate_up [E, 2·I, K] → inner [T·C, I] in the order of `order`. Grid: (tiles · tiles of outputs,)."""
+    """x [T, K], weights [E, 2·I, K] → inner [T·C, I] in the order of `order`. Grid: (tiles · tiles of outputs,)."""
     output_tile, tile = tile_of(tl.program_id(0), tl.cdiv(num_outputs, OUTPUTS), max_tiles, GROUP_SIZE)
     expert = tl.load(tiles + tile)
     if expert < 0:
@@ -240,10 +192,23 @@ def gate_up_kernel(
     # Rows and columns beyond the end read the last one: they are not stored, and loads without a mask stay wide.
     tokens = tl.load(order + tl.minimum(places, end - 1)) // NUM_CHOSEN
     x_rows = x + tokens.to(tl.int64)[None, :] * x_stride
-    gate_rows = gate_up + expert.to(tl.int64) * (2 * num_outputs) * K
-    gate_rows += tl.minimum(outputs, num_outputs - 1).to(tl.int64)[:, None] * K
-    up_rows = gate_rows + num_outputs.to(tl.int64) * K
-    gate, up = two_sums(gate_rows, up_rows, x_rows, K, OUTPUTS, COLUMNS, BLOCK)
+    rows = tl.minimum(outputs, num_outputs - 1)
+    if KIND == "numbers":
+        gate_rows = weights + expert.to(tl.int64) * (2 * num_outputs) * K
+        gate_rows += rows.to(tl.int64)[:, None] * K
+        up_rows = gate_rows + num_outputs.to(tl.int64) * K
+        gate, up = two_sums(gate_rows, up_rows, x_rows, K, OUTPUTS, COLUMNS, BLOCK)
+    else:
+        rows += expert * (2 * num_outputs)
+        # One after the other: columns of x are read again, from the cache, and registers are left for unpacking.
+        gate = stack_sum(
+            weights, scales, rows, x_rows, weight_stride, scale_stride, group_stride,
+            KIND, SCALE_DTYPE, SCALE_OUTPUTS, SCALE_INPUTS, K, STEP, OUTPUTS, COLUMNS, BLOCK,
+        )  # fmt: skip
+        up = stack_sum(
+            weights, scales, rows + num_outputs, x_rows, weight_stride, scale_stride, group_stride,
+            KIND, SCALE_DTYPE, SCALE_OUTPUTS, SCALE_INPUTS, K, STEP, OUTPUTS, COLUMNS, BLOCK,
+        )  # fmt: skip
     if bias is not None:
         gate_bias = bias + expert * (2 * num_outputs) + outputs
         gate += tl.load(gate_bias, mask=outputs < num_outputs, other=0.0).to(tl.float32)[:, None]
@@ -251,6 +216,21 @@ def gate_up_kernel(
     mask = (places < end)[:, None] & (outputs < num_outputs)[None, :]
     y = tl.trans(gated(gate, up, ACTIVATION)).to(inner.dtype.element_ty)
     tl.store(inner + places.to(tl.int64)[:, None] * num_outputs + outputs[None, :], y, mask=mask)
+
+
+@triton.jit
+def stack_sum(
+    weights, scales, rows, x_rows, weight_stride, scale_stride, group_stride,
+    KIND: tl.constexpr, SCALE_DTYPE: tl.constexpr, SCALE_OUTPUTS: tl.constexpr, SCALE_INPUTS: tl.constexpr,
+    K: tl.constexpr, STEP: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The products of these rows of a quantised stack with the columns x_rows [1, COLUMNS], over all of K."""
+    weight_rows = rows_of(weights, rows, weight_stride, KIND, K, BLOCK)
+    scale_rows = scales + rows // SCALE_OUTPUTS * scale_stride
+    return quantized_sum(
+        weight_rows, scale_rows, x_rows, 0, K, group_stride,
+        KIND, SCALE_DTYPE, SCALE_INPUTS, K, STEP, OUTPUTS, COLUMNS, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -287,19 +267,28 @@ def two_sums(
 @triton.jit(do_not_specialize=["max_tiles"])
 def down_kernel(
     inner,
-    down,
     bias,
     tiles,
     chosen_y,
     max_tiles,
     num_outputs,
+    weights,
+    scales,
+    weight_stride,
+    scale_stride,
+    group_stride,
+    KIND: tl.constexpr,
+    SCALE_DTYPE: tl.constexpr,
+    SCALE_OUTPUTS: tl.constexpr,
+    SCALE_INPUTS: tl.constexpr,
     K: tl.constexpr,
+    STEP: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
-    """inner [T·C, K], down [E, H, K] → chosen_y [T·C, H] float32, both in the order of `order`. Grid as above."""
+    """inner [T·C, K], weights [E, H, K] → chosen_y [T·C, H] float32, both in the order of `order`. Grid as above."""
     output_tile, tile = tile_of(tl.program_id(0), tl.cdiv(num_outputs, OUTPUTS), max_tiles, GROUP_SIZE)
     expert = tl.load(tiles + tile)
     if expert < 0:
@@ -308,9 +297,17 @@ def down_kernel(
     places = first + tl.arange(0, COLUMNS)
     outputs = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
     inner_rows = inner + tl.minimum(places, end - 1).to(tl.int64)[None, :] * K
-    weight_rows = down + expert.to(tl.int64) * num_outputs * K
-    weight_rows += tl.minimum(outputs, num_outputs - 1).to(tl.int64)[:, None] * K
-    total = span_sum(weight_rows, inner_rows, 0, K, K, OUTPUTS, COLUMNS, BLOCK)
+    rows = tl.minimum(outputs, num_outputs - 1)
+    if KIND == "numbers":
+        weight_rows = weights + expert.to(tl.int64) * num_outputs * K
+        weight_rows += rows.to(tl.int64)[:, None] * K
+        total = span_sum(weight_rows, inner_rows, 0, K, K, OUTPUTS, COLUMNS, BLOCK)
+    else:
+        rows += expert * num_outputs
+        total = stack_sum(
+            weights, scales, rows, inner_rows, weight_stride, scale_stride, group_stride,
+            KIND, SCALE_DTYPE, SCALE_OUTPUTS, SCALE_INPUTS, K, STEP, OUTPUTS, COLUMNS, BLOCK,
+        )  # fmt: skip
     if bias is not None:
         bias += expert * num_outputs
         total += tl.load(bias + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[:, None]

@@ -1,18 +1,29 @@
-"""y = x · weightᵀ + bias with a weight of 4-bit or 8-bit integers or of float8; x stays as it is."""
+"""y = x · weightᵀ + bias with a weight of 4-bit or 8-bit integers, of float8 or of MXFP4; x stays as it is."""
 
 import torch
 from torch import Tensor
 
 from llmd_kernels.dispatch import uses_triton
 from llmd_kernels.quantized_linear.weights import (
+    Float4Weight,
     Float8Weight,
     IntWeight,
     QuantizedWeight,
     dequantized,
+    pack_float4_weight,
     pack_int_weight,
 )
 
-__all__ = ["Float8Weight", "IntWeight", "QuantizedWeight", "dequantized", "pack_int_weight", "quantized_linear"]
+__all__ = [
+    "Float4Weight",
+    "Float8Weight",
+    "IntWeight",
+    "QuantizedWeight",
+    "dequantized",
+    "pack_float4_weight",
+    "pack_int_weight",
+    "quantized_linear",
+]
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

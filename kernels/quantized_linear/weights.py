@@ -68,7 +68,37 @@ class Float8Weight:
         return self.values.shape[1]
 
 
-QuantizedWeight = IntWeight | Float8Weight
+@dataclass(frozen=True, slots=True)
+class Float4Weight:
+    """weight[n, k] = 2^(exponents[k // 32, n] − 127) · number[n, k]: MXFP4 (OCP Microscaling Formats 1.0).
+
+    A number has a sign, two bits of exponent and one of mantissa. An exponent of 255 is no number. Made by
+    `pack_float4_weight`.
+    """
+
+    tiles: Tensor  # int32 [output tiles, input tiles, 64, 8]: codes in the layout of an IntWeight of 4 bits
+    exponents: Tensor  # uint8 [num_groups, num_outputs]
+    num_outputs: int
+    num_inputs: int
+
+
+QuantizedWeight = IntWeight | Float8Weight | Float4Weight
+
+# Inputs of a Float4Weight that share an exponent.
+FLOAT4_GROUP = 32
+FLOAT4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def pack_float4_weight(codes: Tensor, exponents: Tensor) -> Float4Weight:
+    """MXFP4 as checkpoints have it → the layout that kernels read.
+
+    codes: uint8 [N, K], one number each: 8 · sign + 2 · exponent + mantissa. exponents: uint8 [N, K / 32]. The result
+    lies on the device of `codes`. Raises ValueError for shapes that disagree.
+    """
+    num_outputs, num_inputs = codes.shape
+    if num_inputs % FLOAT4_GROUP or exponents.shape != (num_outputs, num_inputs // FLOAT4_GROUP):
+        raise ValueError(f"{tuple(codes.shape)} numbers do not go with exponents {tuple(exponents.shape)}")
+    return Float4Weight(_packed(codes, 4), exponents.t().contiguous(), num_outputs, num_inputs)
 
 
 def pack_int_weight(
@@ -114,10 +144,13 @@ def pack_int_weight(
 def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """The numbers that a weight stands for [N, K], rounded to `dtype` once; the inputs are in x's order.
 
-    Integers: the scale is rounded to `dtype` first, as checkpoints of that dtype have it; q − zero is exact.
+    Integers: the scale is rounded to `dtype` first, as checkpoints of that dtype have it; q − zero is exact. So is a
+    power of two of MXFP4, which matters for float16 alone.
     """
     if isinstance(weight, Float8Weight):
         return _dequantized_float8(weight, dtype)
+    if isinstance(weight, Float4Weight):
+        return _dequantized_float4(weight, dtype)
     scales, zeros = scales_and_zeros(weight)
     exact = integers(weight).to(torch.int16) - _by_input(zeros.to(torch.int16), weight)
     rows = exact.to(dtype) * _by_input(scales.to(dtype), weight)
@@ -126,10 +159,10 @@ def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(rows).index_copy_(1, weight.input_order, rows)
 
 
-def integers(weight: IntWeight) -> Tensor:
-    """The integers that were packed, uint8 [N, K], in the order of `input_order`."""
+def integers(weight: IntWeight | Float4Weight) -> Tensor:
+    """The integers or codes that were packed, uint8 [N, K], in the order of `input_order`."""
     tiles = weight.tiles.view(torch.uint8)
-    if weight.bits == 4:
+    if isinstance(weight, Float4Weight) or weight.bits == 4:
         packed = tiles.view(*tiles.shape[:3], 2, 4, 2, 2)
         places = torch.stack((packed & 15, packed >> 4), dim=-1)
         values = places.permute(0, 1, 2, 3, 6, 7, 4, 5)
@@ -186,3 +219,18 @@ def _dequantized_float8(weight: Float8Weight, dtype: torch.dtype) -> Tensor:
     scales = weight.scales.repeat_interleave(weight.block[0], dim=0)[:num_outputs]
     scales = scales.repeat_interleave(weight.block[1], dim=1)[:, :num_inputs]
     return (weight.values.float() * scales).to(dtype)
+
+
+def _dequantized_float4(weight: Float4Weight, dtype: torch.dtype) -> Tensor:
+    codes = integers(weight)
+    magnitudes = torch.tensor(FLOAT4_MAGNITUDES, dtype=dtype, device=codes.device)
+    numbers = magnitudes[(codes & 7).int()] * (1 - 2 * (codes >> 3).to(dtype))
+    return numbers * float4_scales(weight).to(dtype).t().repeat_interleave(FLOAT4_GROUP, dim=1)
+
+
+def float4_scales(weight: Float4Weight) -> Tensor:
+    """The powers of two, float32 [num_groups, num_outputs]."""
+    exponents = weight.exponents.to(torch.int32)
+    # 2^-127 is half of the smallest normal number, and NaN infinity with a mantissa
+    special = (exponents == 0) | (exponents == 255)
+    return (exponents << 23 | special.to(torch.int32) << 22).view(torch.float32)

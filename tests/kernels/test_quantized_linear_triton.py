@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmd_kernels import Float8Weight, IntWeight, dequantized, dispatch, linear
+from llmd_kernels import Float8Weight, IntWeight, dequantized, dispatch, linear, pack_float4_weight
 from llmd_kernels.linear import triton_ops as plain
 from llmd_kernels.quantized_linear import triton_ops
 from llmd_kernels.quantized_linear.weights import QuantizedWeight
 from tests.kernels.proof.inputs import randn
 from tests.kernels.proof.interpreter import interpreted
-from tests.kernels.proof.operations.quantized_linear import float8_weight, int_weight, weights
+from tests.kernels.proof.operations.quantized_linear import float4_weight, float8_weight, int_weight, weights
 
 WEIGHTS = [pytest.param(weight, id=name) for name, weight in weights()]
 
@@ -48,15 +48,38 @@ def test_every_float8_number_is_converted_rightly(
     """By the hardware, where it can, and bit by bit: denormals, both zeros and both NaN too."""
     values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn).reshape(2, 128)
     weight = Float8Weight(values, torch.tensor([[0.37]]), (2, 128))
-    operands = triton_ops._operands
-    monkeypatch.setattr(triton_ops, "_operands", lambda weight: operands(weight) | {"KIND": kind})
+    operands = triton_ops.operands
+    monkeypatch.setattr(triton_ops, "operands", lambda weight: operands(weight) | {"KIND": kind})
     with interpreted():
         rows = triton_ops.numbers(weight, dtype)
     torch.testing.assert_close(rows, dequantized(weight, dtype), rtol=0, atol=0, equal_nan=True)
     assert rows.isnan().sum() == 2
 
 
-@pytest.mark.parametrize("weight", [int_weight(40, 64, bits=4), float8_weight(40, 64, (1, 64))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_float4_number_is_converted_rightly(dtype: torch.dtype) -> None:
+    """With every exponent; 255 is no number."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(256, 2)
+    exponents = torch.arange(256, dtype=torch.int32).to(torch.uint8)[:, None]
+    weight = pack_float4_weight(codes, exponents)
+    with interpreted():
+        rows = triton_ops.numbers(weight, dtype)
+    torch.testing.assert_close(rows, dequantized(weight, dtype), rtol=0, atol=0, equal_nan=True)
+    assert rows[255].isnan().all()
+    signs = [1.0] * 8 + [-1.0] * 8
+    expected = torch.tensor([sign * each for sign, each in zip(signs, [0, 0.5, 1, 1.5, 2, 3, 4, 6] * 2, strict=True)])
+    exact = {torch.bfloat16: range(253), torch.float16: range(104, 141)}[dtype]
+    for exponent in exact:
+        assert torch.equal(rows[exponent, :16].double(), expected.double() * 2.0 ** (exponent - 127)), exponent
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 1), (3, 3)])
+def test_exponents_that_do_not_fit_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="do not go with exponents"):
+        pack_float4_weight(torch.zeros(4, 96, dtype=torch.uint8), torch.zeros(shape, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("weight", [int_weight(40, 64, bits=4), float8_weight(40, 64, (1, 64)), float4_weight(40, 64)])
 def test_linear_hands_quantised_weights_to_the_kernel(weight: QuantizedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
     x = randn(2, 64, dtype=torch.bfloat16)

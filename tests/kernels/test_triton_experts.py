@@ -5,10 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmd_kernels import QuantizedWeight, dequantized, experts
 from llmd_kernels.experts import triton_ops as experts_ops
 from llmd_kernels.route import triton_ops as route_ops
 from tests.kernels.proof.inputs import randn
 from tests.kernels.proof.interpreter import interpreted
+from tests.kernels.proof.operations.experts import choices, quantized_stacks
+from tests.kernels.proof.operations.quantized_linear import int_weight
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,6 +43,31 @@ def test_more_choices_than_one_block_holds_are_grouped_in_order() -> None:
     assert torch.equal(order, expected.int())
     assert torch.equal(places, expected.argsort().int())
     assert tiles[0].tolist() == [0] * 22 + [1] * 22 + [2] * 22 + [-1] * (tiles.shape[1] - 66)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("sizes", "layer"), [pytest.param(*rest, id=name) for name, *rest in quantized_stacks()])
+def test_bits_are_those_of_dequantised_stacks(
+    sizes: tuple[int, int, int], layer: dict[str, QuantizedWeight], dtype: torch.dtype
+) -> None:
+    """For tiles of several widths."""
+    num_experts, hidden_size, _ = sizes
+    plain = {name: dequantized(each, dtype).view(num_experts, -1, each.num_inputs) for name, each in layer.items()}
+    for num_tokens in (2, 30):
+        x, chosen = randn(num_tokens, hidden_size, dtype=dtype), choices(num_tokens, num_experts, 2)
+        with interpreted():
+            y = experts_ops.experts(x, **chosen, **layer, activation="silu")
+            assert torch.equal(y, experts_ops.experts(x, **chosen, **plain, activation="silu"))
+        # the other way to the same numbers, without Triton
+        expected = experts(x, **chosen, **layer, activation="silu")
+        assert (y - expected).float().norm() <= 0.01 * expected.float().norm()
+
+
+def test_a_stack_with_an_order_of_inputs_is_refused() -> None:
+    gate_up = int_weight(4 * 64, 64, bits=4, num_groups=2, is_ordered=True)
+    layer = {"gate_up": gate_up, "down": int_weight(4 * 64, 32, bits=4)}
+    with interpreted(), pytest.raises(ValueError, match="inputs as they come"):
+        experts_ops.experts(randn(2, 64).bfloat16(), **choices(2, 4, 2), **layer, activation="silu")
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")

@@ -9,7 +9,7 @@ from torch import Tensor
 from bench.gpu.contexts import random_on
 from bench.gpu.machine import Call, Machine
 from bench.gpu.subject import Subject
-from llmd_kernels import experts, route
+from llmd_kernels import experts, pack_float4_weight, route
 from llmd_kernels.experts import cost as experts_cost
 from llmd_kernels.route import cost as route_cost
 
@@ -18,6 +18,7 @@ def subjects(machine: Machine) -> Iterator[Subject]:
     for num_tokens in machine.sizes.expert_tokens:
         yield _route(machine, num_tokens)
         yield _experts(machine, num_tokens)
+        yield _float4_experts(machine, num_tokens)
 
 
 def _route(machine: Machine, num_tokens: int) -> Subject:
@@ -69,6 +70,41 @@ def _experts(machine: Machine, num_tokens: int) -> Subject:
         experts_cost.bytes_moved(
             num_tokens, sizes.num_chosen, num_distinct, sizes.hidden, sizes.intermediate, itemsize=2
         ),
+        experts_cost.operations(num_tokens, sizes.num_chosen, sizes.hidden, sizes.intermediate),
+    )
+
+
+def _float4_experts(machine: Machine, num_tokens: int) -> Subject:
+    """The same in MXFP4. Codes and exponents are random: no time depends on them."""
+    sizes = machine.sizes.experts
+    choices = torch.arange(num_tokens * sizes.num_chosen).view(num_tokens, -1) % sizes.num_experts
+
+    def make(seed: int) -> Mapping[str, Call]:
+        x = random_on(machine, seed=seed)(num_tokens, sizes.hidden)
+        gate_up, down = (
+            pack_float4_weight(
+                torch.randint(16, shape, dtype=torch.uint8, device=machine.device),
+                torch.full((shape[0], shape[1] // 32), 120, dtype=torch.uint8, device=machine.device),
+            )
+            for shape in (
+                (sizes.num_experts * 2 * sizes.intermediate, sizes.hidden),
+                (sizes.num_experts * sizes.hidden, sizes.intermediate),
+            )
+        )
+        weights = torch.full(choices.shape, 1 / sizes.num_chosen, device=machine.device)
+        expert_ids = choices.int().to(machine.device)
+        return {"llmd": lambda: experts(x, expert_ids, weights, gate_up, down, activation="silu")}
+
+    num_distinct = min(num_tokens * sizes.num_chosen, sizes.num_experts)
+    num_weights = num_distinct * 3 * sizes.hidden * sizes.intermediate
+    of_numbers = experts_cost.bytes_moved(
+        num_tokens, sizes.num_chosen, num_distinct, sizes.hidden, sizes.intermediate, itemsize=2
+    )
+    return Subject(
+        f"experts in MXFP4, {num_tokens} tokens",
+        make,
+        # 4 bits and an exponent for 32 numbers instead of 16 bits
+        of_numbers - 2 * num_weights + num_weights // 2 + num_weights // 32,
         experts_cost.operations(num_tokens, sizes.num_chosen, sizes.hidden, sizes.intermediate),
     )
 

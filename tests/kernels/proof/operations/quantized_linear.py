@@ -8,9 +8,11 @@ from torch import Tensor
 from llmd_kernels.quantized_linear import cost, reference, triton_ops
 from llmd_kernels.quantized_linear.weights import (
     Bits,
+    Float4Weight,
     Float8Weight,
     IntWeight,
     QuantizedWeight,
+    pack_float4_weight,
     pack_int_weight,
 )
 from tests.kernels.proof.checks import Case, Configuration, Proof, Rows
@@ -53,6 +55,15 @@ def float8_weight(num_outputs: int, num_inputs: int, block: tuple[int, int]) -> 
     return Float8Weight(values, scales, block)
 
 
+def float4_weight(num_outputs: int, num_inputs: int) -> Float4Weight:
+    """All codes; exponents of weights, and of tiny ones."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(16, (num_outputs, num_inputs), dtype=torch.uint8, generator=generator)
+    exponents = torch.randint(115, 125, (num_outputs, num_inputs // 32), dtype=torch.uint8, generator=generator)
+    exponents[3::7, 0] = 104
+    return pack_float4_weight(codes, exponents)
+
+
 def weights() -> Iterator[tuple[str, QuantizedWeight]]:
     """Every kind, group and scale; more than one tile of outputs, blocks that are cut off."""
     yield "int4, groups of 32", int_weight(70, 96, bits=4, num_groups=3, scale_dtype=torch.float16)
@@ -64,6 +75,8 @@ def weights() -> Iterator[tuple[str, QuantizedWeight]]:
     yield "int8, groups of 32", int_weight(33, 160, bits=8, num_groups=5)
     yield "int8, groups of 128", int_weight(70, 256, bits=8, num_groups=2, scale_dtype=torch.float16)
     yield "int8, one group", int_weight(20, 1100, bits=8, has_zeros=False, scale_dtype=torch.float32)
+    yield "float4", float4_weight(70, 96)
+    yield "float4, spans", float4_weight(40, 1088)
     yield "float8, one scale", float8_weight(70, 192, (70, 192))
     yield "float8, a scale a row", float8_weight(70, 130, (1, 130))
     yield "float8, blocks of 128×128", float8_weight(140, 300, (128, 128))
@@ -96,6 +109,8 @@ def cases() -> Iterator[Case]:
     yield Case("rows apart, float8", {"x": x, "weight": wide, "bias": None})
     grouped = int_weight(640, 512, bits=4, num_groups=4)
     yield traffic("int4", grouped, grouped.groups.nbytes, bits=4)
+    small = float4_weight(640, 512)
+    yield traffic("float4", small, small.exponents.nbytes, bits=4)
     blocked = float8_weight(640, 512, (128, 128))
     yield traffic("float8", blocked, blocked.scales.nbytes, bits=8)
 
@@ -133,6 +148,11 @@ def meta_float8_weight(num_outputs: int, num_inputs: int, block: tuple[int, int]
     return Float8Weight(meta(num_outputs, num_inputs, dtype=torch.float8_e4m3fn), scales, block)
 
 
+def meta_float4_weight(num_outputs: int, num_inputs: int) -> Float4Weight:
+    tiles = meta(-(-num_outputs // 64), -(-num_inputs // 64), 64, 8, dtype=torch.int32)
+    return Float4Weight(tiles, meta(num_inputs // 32, num_outputs, dtype=torch.uint8), num_outputs, num_inputs)
+
+
 def shipped_weights(num_inputs: int, num_outputs: int) -> Iterator[tuple[str, QuantizedWeight, float]]:
     """(name, weight, the least part of wide loads). A scale and its zero are 4 bytes, so they are never wide."""
     for group_size, vector_share in ((128, 0.85), (64, 0.75), (32, 0.6), (num_inputs, 0.85)):
@@ -141,6 +161,8 @@ def shipped_weights(num_inputs: int, num_outputs: int) -> Iterator[tuple[str, Qu
     for group_size in (128, num_inputs):
         weight = meta_int_weight(num_outputs, num_inputs, bits=8, group_size=group_size)
         yield f"int8 by {group_size}", weight, 0.85
+    # An exponent is a byte, one for 16 bytes of codes.
+    yield "float4", meta_float4_weight(num_outputs, num_inputs), 0.75
     # For Hopper the compiler takes 8 bytes a thread of what it widens from 8 to 16 bits in registers.
     yield "float8 by row", meta_float8_weight(num_outputs, num_inputs, (1, num_inputs)), 0.25
     yield "float8 by 128×128", meta_float8_weight(num_outputs, num_inputs, (128, 128)), 0.25
@@ -178,6 +200,7 @@ PROOF = Proof(
         rows("int4, 192 → 70", int_weight(70, 192, bits=4, num_groups=6)),
         rows("int8, 1100 → 40", int_weight(40, 1100, bits=8)),
         rows("float8, 1100 → 40", float8_weight(40, 1100, (128, 128))),
+        rows("float4, 1088 → 40", float4_weight(40, 1088)),
     ],
     list(configurations()),
 )
