@@ -13,6 +13,7 @@ from llmd.fetch.source import find_ready
 from llmd.machine import available_main_memory, num_free_cores
 from llmd.model.ledger import plan_memory
 from llmd.model.memory import num_parameters
+from llmd.model.quantization import MXFP4
 from llmd.model.quantized_layouts import has_quantized_kernels
 from llmd.model.spec import ModelSpec, parse_spec
 from llmd.text.chat_template import ChatTemplate
@@ -71,12 +72,16 @@ def _dtype_bytes(config: Config) -> int:
 
 
 def _quantization_rows(config: Config, spec: ModelSpec) -> list[tuple[str, str]]:
-    if spec.quantization is None:
+    if any(layer.moe is not None and layer.moe.mxfp4 for layer in spec.layers):
+        what = f"experts alone: {MXFP4.describe()}"
+    elif spec.quantization is not None:
+        schemes = "; ".join(scheme.describe() for scheme in spec.quantization.schemes())
+        what = f"{schemes} ({spec.quantization.method})"
+    else:
         return []
-    schemes = "; ".join(scheme.describe() for scheme in spec.quantization.schemes())
     kept = has_quantized_kernels(on_cpu=config.model.device != "cuda", dtype_bytes=_dtype_bytes(config))
     fate = "products read the weights as they are" if kept else "weights are dequantised at load"
-    return [("quantised", f"{schemes} ({spec.quantization.method})"), ("", f"{fate}; activations are not quantised")]
+    return [("quantised", what), ("", f"{fate}; activations are not quantised")]
 
 
 def _layers(spec: ModelSpec) -> str:

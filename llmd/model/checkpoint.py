@@ -11,8 +11,8 @@ from torch import Tensor
 from llmd.errors import StartupFailed, UnsupportedModel
 from llmd.model.decoder import Decoder
 from llmd.model.dummy import dummy_parameters, dummy_quantized
-from llmd.model.mxfp4 import copy_mxfp4
-from llmd.model.parallel import MXFP4_BLOCK, ExpertView, Parameter, Piece, Rank, Shard
+from llmd.model.expert_views import viewed
+from llmd.model.parallel import Parameter, Piece, Rank, Shard
 from llmd.model.parameters import parameters
 from llmd.model.quantization import QuantizationSpec
 from llmd.model.quantized_checkpoint import (
@@ -128,7 +128,7 @@ def check_tensors(
     needed: set[str] = set()
     for parameter, piece in ((owner, piece) for owner in wanted for piece in owner.pieces):
         scheme = piece_scheme(parameter, piece, quantization)
-        if scheme is not None:
+        if scheme is not None and not piece.is_mxfp4:
             needed |= check_quantized(stored, piece, scheme)
             continue
         for name, shape in piece.tensors.items():
@@ -207,7 +207,7 @@ def load_parameters(
             if scheme is not None:
                 copy_dequantized(target, piece, scheme, tensors=tensors, rank=rank)
             else:
-                _copy_piece(target, piece, [tensors[name] for name in piece.tensors], rank)
+                _copy_piece(target, piece, tensors[piece.tensor], rank)
             report(target.nbytes)
         weights[parameter.name] = weight
     if reads:
@@ -234,30 +234,15 @@ def _staged_reads(target: Tensor, piece: Piece, source: StoredTensor, rank: Rank
         start += length
 
 
-def _copy_piece(target: Tensor, piece: Piece, sources: list[Tensor], rank: Rank) -> None:
-    """Copy this rank's slices of the sources (`piece.tensors`) to the target."""
+def _copy_piece(target: Tensor, piece: Piece, source: Tensor, rank: Rank) -> None:
+    """Copy this rank's slices of the source to the target."""
     dim = piece.sharding.dim if isinstance(piece.sharding, Shard) else 0
-    matrices = [_viewed(source, piece.view) for source in sources]
+    matrix = viewed(source, piece.view)
     start = 0
     for part in piece.slices(rank):
         length = part.stop - part.start
-        here = target.narrow(dim, start, length)
-        if piece.is_mxfp4:
-            # along a row there are as many scales and blocks, each for MXFP4_BLOCK numbers
-            per_entry = MXFP4_BLOCK if dim == 1 else 1
-            blocks, scales = (m.narrow(dim, part.start // per_entry, length // per_entry) for m in matrices)
-            copy_mxfp4(here, blocks, scales)
-        else:
-            _copy(here, matrices[0].narrow(dim, part.start, length))
+        _copy(target.narrow(dim, start, length), matrix.narrow(dim, part.start, length))
         start += length
-
-
-def _viewed(source: Tensor, view: ExpertView | None) -> Tensor:
-    """What a piece means of a tensor."""
-    if view is None:
-        return source
-    matrix = source[view.expert]
-    return (matrix.T if view.transposed else matrix)[view.first_row :: view.row_step]
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -186,6 +186,11 @@ class LayerWeights:
     def tensor(self, name: str) -> Tensor:
         return self.weights.pop(self.prefix + name)
 
+    def stack(self, name: str) -> Tensor | QuantizedWeight:
+        """All experts' matrices, which products read as they are."""
+        name = self.prefix + name
+        return self.quantized[name] if name in self.quantized else self.weights.pop(name)
+
     def linear(self, name: str) -> Linear:
         weight = _matrix(f"{self.prefix}{name}.weight", self.weights, self.quantized)
         return Linear(weight, self.optional(f"{name}.bias"))
@@ -269,9 +274,9 @@ def _moe(moe: MoeSpec, here: LayerWeights) -> Moe:
         spec=moe,
         router=here.linear("router"),
         choice_bias=here.optional("choice_bias"),
-        gate_up=here.tensor("experts.gate_up.weight"),
+        gate_up=here.stack("experts.gate_up.weight"),
         gate_up_bias=here.optional("experts.gate_up.bias"),
-        down=here.tensor("experts.down.weight"),
+        down=here.stack("experts.down.weight"),
         down_bias=here.optional("experts.down.bias"),
         shared=here.part("shared").mlp() if moe.shared_size else None,
         shared_gate=here.linear("shared_gate") if moe.shared_gate else None,

@@ -1,17 +1,23 @@
 """Random weights for a model whose own are not here: the same sizes, so the same speed, and no sense. No files."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from math import floor, log2
 
 import torch
 from torch import Tensor
 
+from llmd.model.mxfp4 import EXPONENT_BIAS, MAGNITUDES
 from llmd.model.parallel import Parameter, Rank
 from llmd.model.quantization import WeightScheme
-from llmd.model.quantized_layouts import float8_block
-from llmd_kernels import Float8Weight, QuantizedWeight, pack_int_weight
+from llmd.model.quantized_layouts import KERNEL_TILE
+from llmd.model.quantized_packing import packed
+from llmd.model.quantized_weights import UnpackedWeight
+from llmd_kernels import QuantizedWeight
 
 _SEED = 0
 _BIAS_DEVIATION = 0.02
+# of quantised weights, so that what is computed on the way takes little memory
+_ROWS_AT_ONCE = 64 * KERNEL_TILE
 
 
 def dummy_parameters(
@@ -57,24 +63,48 @@ def _generator(device: torch.device) -> torch.Generator | None:
 def dummy_quantized(
     kept: Iterable[tuple[Parameter, WeightScheme]], *, dtype: torch.dtype, device: torch.device, rank: Rank
 ) -> dict[str, QuantizedWeight]:
-    """The same of what stays quantised; every integer and float8 between the bounds is as likely as another."""
+    """The same of what stays quantised; every integer, code and float8 between the bounds is as likely as another."""
     generator = _generator(device)
     weights: dict[str, QuantizedWeight] = {}
     for parameter, scheme in kept:
-        num_outputs, num_inputs = parameter.shape(rank)
-        deviation = num_inputs**-0.5
-        if scheme.layout == "float8":
-            block = float8_block(parameter, scheme, rank)
-            values = torch.empty(num_outputs, num_inputs, device=device).uniform_(-1, 1, generator=generator)
-            num_scales = [-(-size // step) for size, step in zip((num_outputs, num_inputs), block, strict=True)]
-            scales = torch.full(num_scales, 3**0.5 * deviation, device=device)
-            weights[parameter.name] = Float8Weight(values.to(torch.float8_e4m3fn), scales, block)
-            continue
-        integers = torch.empty(num_outputs, num_inputs, dtype=torch.uint8, device=device)
-        integers.random_(2**scheme.bits, generator=generator)
-        num_groups = num_inputs // (scheme.block[1] or num_inputs)
-        scale = 12**0.5 / 2**scheme.bits * deviation
-        scales = torch.full((num_outputs, num_groups), scale, dtype=dtype, device=device)
-        order = torch.randperm(num_inputs, generator=generator, device=device) if scheme.shuffled else None
-        weights[parameter.name] = pack_int_weight(integers, scales, None, bits=scheme.bits, input_order=order)
+        shape = parameter.matrix_shape(rank)
+        parts = _random_parts(shape, scheme, device=device, generator=generator)
+        order = torch.randperm(shape[1], generator=generator, device=device) if scheme.shuffled else None
+        weights[parameter.name] = packed(parts, parameter, scheme, dtype=dtype, rank=rank, input_order=order)
     return weights
+
+
+def _random_parts(
+    shape: tuple[int, int], scheme: WeightScheme, *, device: torch.device, generator: torch.Generator | None
+) -> Iterator[UnpackedWeight]:
+    """Some rows at a time."""
+    num_outputs, num_inputs = shape
+    # those without memory all at once: they cost the same
+    rows_at_once = num_outputs if device.type == "meta" else _ROWS_AT_ONCE
+    num_groups = -(-num_inputs // (scheme.block[1] or num_inputs))
+    deviation = num_inputs**-0.5
+    for first in range(0, num_outputs, rows_at_once):
+        num_rows = min(rows_at_once, num_outputs - first)
+        if scheme.layout == "float8":
+            numbers = torch.empty(num_rows, num_inputs, device=device).uniform_(-1, 1, generator=generator)
+            values, scale = numbers.to(torch.float8_e4m3fn), 3**0.5 * deviation
+        else:
+            values = torch.empty(num_rows, num_inputs, dtype=torch.uint8, device=device)
+            values.random_(2**scheme.bits, generator=generator)
+            scale = 12**0.5 / 2**scheme.bits * deviation
+        if scheme.layout == "mxfp4":
+            scales = _random_exponents((num_rows, num_groups), deviation, device=device, generator=generator)
+        else:
+            scales = torch.full((num_rows, num_groups), scale, device=device)
+        yield UnpackedWeight(values, scales, zeros=None, groups=None)
+
+
+def _random_exponents(
+    shape: tuple[int, int], deviation: float, *, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """uint8. Of two powers of two, so often the one and the other that MXFP4's numbers have the deviation."""
+    wanted = deviation**2 / (sum(magnitude**2 for magnitude in MAGNITUDES) / len(MAGNITUDES))
+    exponent = floor(log2(wanted) / 2)
+    share_of_greater = (wanted / 4**exponent - 1) / 3
+    greater = torch.empty(shape, device=device).bernoulli_(share_of_greater, generator=generator)
+    return (greater + (EXPONENT_BIAS + exponent)).to(torch.uint8)

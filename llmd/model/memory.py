@@ -38,9 +38,13 @@ def weight_bytes(
 
 
 def dequantized_bytes(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ONE_RANK) -> int:
-    """The largest weight that stays quantised: a product over many tokens dequantises it as a whole for a moment."""
+    """The largest weight that stays quantised: a product over many tokens dequantises it as a whole for a moment.
+
+    A stack of experts is not among them: its kernels read it as it is, however many tokens there are.
+    """
     kept = kept_parameters(parameters(spec), spec.quantization)
-    return dtype_bytes * max([parameter.num_elements(rank) for parameter, _ in kept.values()], default=0)
+    sizes = [parameter.num_elements(rank) for parameter, _ in kept.values() if parameter.num_experts is None]
+    return dtype_bytes * max(sizes, default=0)
 
 
 def rope_bytes(spec: ModelSpec, *, max_model_len: int) -> int:

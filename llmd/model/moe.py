@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmd.model.layers import GatedMlp, Linear
 from llmd.model.moe_spec import MoeSpec
-from llmd_kernels import experts, route
+from llmd_kernels import QuantizedWeight, experts, route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,9 +14,11 @@ class Moe:
     spec: MoeSpec
     router: Linear
     choice_bias: Tensor | None  # [num_experts] float32
-    gate_up: Tensor  # [num_experts, 2 · expert_size, hidden_size], the gates' rows, then ups'
+    # [num_experts, 2 · expert_size, hidden_size], of each expert the gate's rows, then up's; quantised stacks, here and
+    # below, are one weight: the experts' matrices one below the other
+    gate_up: Tensor | QuantizedWeight
     gate_up_bias: Tensor | None  # [num_experts, 2 · expert_size]
-    down: Tensor  # [num_experts, hidden_size, expert_size]
+    down: Tensor | QuantizedWeight  # [num_experts, hidden_size, expert_size]
     down_bias: Tensor | None  # [num_experts, hidden_size]
     shared: GatedMlp | None
     shared_gate: Linear | None  # one output: the sigmoid of it weighs what the shared expert gives

@@ -122,6 +122,11 @@ class Parameter:
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return shape if self.num_experts is None else (self.num_experts, *shape)
 
+    def matrix_shape(self, rank: Rank) -> tuple[int, int]:
+        """(rows, columns) of a matrix, or of a stack's matrices one below the other."""
+        *rows, num_columns = self.shape(rank)
+        return prod(rows), num_columns
+
     def num_elements(self, rank: Rank) -> int:
         return prod(self.shape(rank))
 

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from llmd.model.parallel import MXFP4_BLOCK
+
 # How the integers or small floats of a weight lie in its tensors; quantized_layouts.py has the tensors of each.
 #   awq         AutoAWQ's "gemm": words of eight 4-bit outputs, interleaved
 #   gptq        AutoGPTQ: words of inputs; zero points are stored one too low ("v1")
@@ -14,7 +16,8 @@ from typing import Literal
 #   packed      compressed-tensors "pack-quantized": words of inputs
 #   int8        compressed-tensors "int-quantized": signed bytes
 #   float8      float8_e4m3fn with scales
-Layout = Literal["awq", "gptq", "gptq_v2", "packed", "int8", "float8"]
+#   mxfp4       gpt-oss's experts, see mxfp4.py
+Layout = Literal["awq", "gptq", "gptq_v2", "packed", "int8", "float8", "mxfp4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +25,7 @@ class WeightScheme:
     """One way to keep the weight [num_outputs, num_inputs] of a linear layer.
 
     block: how many outputs × inputs share a scale; None = all of them.
-    symmetric: the zero point is the middle of the range and is not read; always so for float8.
+    symmetric: the zero point is the middle of the range and is not read; always so for float8 and MXFP4.
     """
 
     layout: Layout
@@ -41,6 +44,10 @@ class WeightScheme:
         else:
             scales = "a scale for each output" if outputs == 1 else "one scale"
         return f"{self.layout}, {self.bits} bits, {scales}" + (", shuffled" if self.shuffled else "")
+
+
+# What a tensor is that says so of itself (`ExpertView.mxfp4`): no rule is asked for it.
+MXFP4 = WeightScheme(layout="mxfp4", bits=4, block=(1, MXFP4_BLOCK))
 
 
 @dataclass(frozen=True, slots=True)

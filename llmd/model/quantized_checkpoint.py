@@ -19,7 +19,8 @@ from llmd.model.quantized_layouts import (
     piece_scheme,
     stored_weight,
 )
-from llmd.model.quantized_weights import dequantize, read_quantized, unpack
+from llmd.model.quantized_packing import read_quantized
+from llmd.model.quantized_weights import dequantize, unpack
 from llmd.model.safetensors_folder import StoredTensor
 from llmd_kernels import QuantizedWeight
 

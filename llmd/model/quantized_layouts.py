@@ -7,21 +7,22 @@ fbgemm_fp8.py); each compared with what vLLM reads.
 
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Literal
 
 from llmd.errors import UnsupportedModel
 from llmd.model.parallel import Parameter, Piece, Rank, Shard
-from llmd.model.quantization import Layout, QuantizationSpec, WeightScheme
+from llmd.model.quantization import MXFP4, Layout, QuantizationSpec, WeightScheme
 
 WORD_BITS = 32
 SCALE_DTYPES = ("F16", "BF16", "F32")
 FLOAT8_SCALE_BYTES = 4
+EXPONENT_BYTES = 1  # of MXFP4
 ORDER_BYTES = 8  # of an input's number
 
-# What the kernels ask of groups of inputs with one scale, and how `llmd_kernels.IntWeight` fills up its tiles
+# Of outputs and of inputs: how `llmd_kernels.IntWeight` and `Float4Weight` fill up their tiles
 KERNEL_TILE = 64
-KERNEL_GROUP_MULTIPLE = {"int": 32, "float8": 64}
+# What the kernels ask of groups of inputs with one scale
+GROUP_MULTIPLE, FLOAT8_GROUP_MULTIPLE = 32, 64
 
 # Beside a quantised weight there may be figures about activations and caches, and shapes that config.json implies
 UNREAD = (
@@ -170,6 +171,8 @@ def module_of(piece: Piece) -> str:
 
 def piece_scheme(parameter: Parameter, piece: Piece, quantization: QuantizationSpec | None) -> WeightScheme | None:
     """How the checkpoint keeps this piece; None = as plain numbers, as norms, biases and embeddings always are."""
+    if piece.is_mxfp4:
+        return MXFP4
     is_linear = len(piece.tensor_shape) == 2 and piece.tensor.endswith(".weight") and parameter.name != "embedding"
     return quantization.scheme(module_of(piece)) if quantization is not None and is_linear else None
 
@@ -190,20 +193,20 @@ def kept_parameters(
 def kept_scheme(parameter: Parameter, quantization: QuantizationSpec | None) -> WeightScheme | None:
     """How this parameter can stay quantised here; None = it is dequantised, if it is quantised at all.
 
-    All its pieces must be alike, in groups that the kernels know, and it must be a matrix of its own.
+    All its pieces must be alike, in groups that the kernels know; the experts of a stack have no order of inputs.
     """
     schemes = {piece_scheme(parameter, piece, quantization) for piece in parameter.pieces}
     scheme = schemes.pop()
-    if scheme is None or schemes or len(parameter.shape(Rank())) != 2:
+    if scheme is None or schemes or (scheme.shuffled and parameter.num_experts is not None):
         return None
     group = scheme.block[1]
-    multiple = KERNEL_GROUP_MULTIPLE["float8" if scheme.layout == "float8" else "int"]
+    multiple = FLOAT8_GROUP_MULTIPLE if scheme.layout == "float8" else GROUP_MULTIPLE
     return scheme if group is None or group % multiple == 0 else None
 
 
 def cuts(piece: Piece, rank: Rank) -> tuple[list[slice], list[slice]]:
     """The rows (outputs) and the columns (inputs) of the weight that this rank needs; one of the two is whole."""
-    num_outputs, num_inputs = piece.tensor_shape
+    num_outputs, num_inputs = piece.matrix_shape
     slices = piece.slices(rank)
     if isinstance(piece.sharding, Shard) and piece.sharding.dim == 1:
         return [slice(0, num_outputs)], slices
@@ -224,8 +227,11 @@ def entries(axis: Axis, cut: slice, size: int, *, bits: int, tensor: str) -> sli
 
 
 def float8_block(parameter: Parameter, scheme: WeightScheme, rank: Rank) -> tuple[int, int]:
-    """Outputs × inputs that share a scale once the pieces are joined: rows by themselves where blocks do not meet."""
-    num_inputs = parameter.shape(rank)[1]
+    """Outputs × inputs that share a scale once the pieces are joined: rows by themselves where blocks do not meet.
+
+    No block holds rows of two pieces, so neither of two experts nor of a gate and an up.
+    """
+    _, num_inputs = parameter.matrix_shape(rank)
     outputs, inputs = scheme.block[0] or 1, scheme.block[1] or num_inputs
     ends = [0]
     for piece in parameter.pieces:
@@ -237,14 +243,18 @@ def float8_block(parameter: Parameter, scheme: WeightScheme, rank: Rank) -> tupl
 
 
 def kept_bytes(parameter: Parameter, scheme: WeightScheme, rank: Rank, *, dtype_bytes: int) -> int:
-    """What the parameter takes in the kernels' own layout."""
-    num_outputs, num_inputs = parameter.shape(rank)
+    """What the parameter takes in the kernels' own layout; a stack is one weight with all experts' outputs."""
+    num_outputs, num_inputs = parameter.matrix_shape(rank)
     if scheme.layout == "float8":
         outputs, inputs = float8_block(parameter, scheme, rank)
         return num_outputs * num_inputs + FLOAT8_SCALE_BYTES * -(-num_outputs // outputs) * -(-num_inputs // inputs)
-    tiled = prod(-(-size // KERNEL_TILE) * KERNEL_TILE for size in (num_outputs, num_inputs))
+    tiled = _filled(num_outputs) * _filled(num_inputs)
     num_groups = num_inputs // (scheme.block[1] or num_inputs)
-    # a word with a scale of 16 bits and its zero point, or a word each
-    per_group = 2 * dtype_bytes
+    # an exponent; or a word with a scale of 16 bits and its zero point, or a word each
+    per_group = EXPONENT_BYTES if scheme.layout == "mxfp4" else 2 * dtype_bytes
     order = ORDER_BYTES * num_inputs if scheme.shuffled else 0
     return tiled * scheme.bits // 8 + num_outputs * num_groups * per_group + order
+
+
+def _filled(size: int) -> int:
+    return -(-size // KERNEL_TILE) * KERNEL_TILE

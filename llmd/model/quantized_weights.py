@@ -1,6 +1,7 @@
-"""Quantised weights out of a checkpoint: unpacked to one number an entry, then dequantised or packed for the kernels.
+"""Quantised weights out of a checkpoint: unpacked to one number an entry, and dequantised.
 
-`quantized_layouts` says which tensors there are. Knows no model and no memory limits.
+`quantized_layouts` says which tensors there are; `quantized_packing` packs them for the kernels. Knows no model and no
+memory limits.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from llmd.errors import UnsupportedModel
-from llmd.model.parallel import Parameter, Piece, Rank
+from llmd.model.expert_views import viewed
+from llmd.model.mxfp4 import mxfp4_numbers
+from llmd.model.parallel import MXFP4_BLOCK, Piece, Rank
 from llmd.model.quantization import WeightScheme
-from llmd.model.quantized_layouts import Axis, StoredPart, cuts, entries, float8_block, module_of, stored_weight
-from llmd_kernels import Float8Weight, QuantizedWeight, pack_int_weight
+from llmd.model.quantized_layouts import Axis, StoredPart, cuts, entries, module_of, stored_weight
 
 # In AutoAWQ's words the lowest 4 bits are of output 0, then 2, 4, 6, 1, 3, 5, 7: where output i of a word is.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -21,17 +23,26 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 @dataclass(frozen=True, slots=True)
 class UnpackedWeight:
-    """A rank's part of a weight: scales[n, group of k] · (values[n, k] − zeros[n, group of k])."""
+    """A rank's part of a weight: scales[n, group of k] · (values[n, k] − zeros[n, group of k]).
+
+    MXFP4 has codes for values and exponents for scales, as `mxfp4_numbers` reads them.
+    """
 
     values: Tensor  # uint8 or float8_e4m3fn [N, K]
-    scales: Tensor  # float [N, num_groups]
-    zeros: Tensor | None  # uint8 [N, num_groups]; None: 2^(bits − 1), for float8 0
+    scales: Tensor  # float, of MXFP4 uint8 [N, num_groups]
+    zeros: Tensor | None  # uint8 [N, num_groups]; None: 2^(bits − 1), for float8 and MXFP4 0
     groups: Tensor | None  # int64 [K]: the group of each input; None: one group after the other
 
     def part_of_rows(self, rows: slice) -> "UnpackedWeight":
         """Some of the outputs."""
         zeros = None if self.zeros is None else self.zeros[rows]
         return UnpackedWeight(self.values[rows], self.scales[rows], zeros, self.groups)
+
+    def above(self, other: "UnpackedWeight") -> "UnpackedWeight":
+        """With the outputs of another weight of the same inputs below."""
+        zeros = None if self.zeros is None or other.zeros is None else torch.cat((self.zeros, other.zeros))
+        values, scales = torch.cat((self.values, other.values)), torch.cat((self.scales, other.scales))
+        return UnpackedWeight(values, scales, zeros, self.groups)
 
 
 def unpack(
@@ -41,6 +52,8 @@ def unpack(
 
     tensors: those of the checkpoint, by name. Raises UnsupportedModel where ranks would have parts of groups.
     """
+    if piece.is_mxfp4:
+        return _unpack_mxfp4(piece, tensors=tensors, rank=rank, device=device)
     weight = stored_weight(scheme)
     source = _Source(piece, scheme, tensors, *cuts(piece, rank))
     groups = None if weight.groups is None else source.shuffled_groups(weight.groups)
@@ -51,6 +64,28 @@ def unpack(
         zeros=None if zeros is None else zeros.to(device),
         groups=None if groups is None else groups.to(device),
     )
+
+
+def input_groups(piece: Piece, scheme: WeightScheme, *, tensors: Mapping[str, Tensor], rank: Rank) -> Tensor | None:
+    """`UnpackedWeight.groups` of the piece, without the rest."""
+    part = None if piece.is_mxfp4 else stored_weight(scheme).groups
+    return None if part is None else _Source(piece, scheme, tensors, *cuts(piece, rank)).shuffled_groups(part)
+
+
+def _unpack_mxfp4(piece: Piece, *, tensors: Mapping[str, Tensor], rank: Rank, device: torch.device) -> UnpackedWeight:
+    rows, columns = cuts(piece, rank)
+    blocks, exponents = (
+        torch.cat(
+            [
+                matrix[row, column.start // MXFP4_BLOCK : column.stop // MXFP4_BLOCK]
+                for row in rows
+                for column in columns
+            ],
+            dim=0 if len(rows) > 1 else 1,
+        ).to(device)
+        for matrix in (viewed(tensors[name], piece.view) for name in piece.tensors)
+    )
+    return UnpackedWeight(_unpack_inputs(blocks.flatten(1), bits=4), exponents, zeros=None, groups=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +148,8 @@ class _Source:
 
 def dequantize(weight: UnpackedWeight, scheme: WeightScheme, dtype: torch.dtype) -> Tensor:
     """[N, K] in `dtype`: bitwise what `llmd_kernels.dequantized` makes of the packed weight."""
+    if scheme.layout == "mxfp4":
+        return mxfp4_numbers(weight.values, weight.scales, dtype)
     scales = _by_input(weight.scales, weight, scheme)
     if scheme.layout == "float8":
         return (weight.values.float() * scales.float()).to(dtype)
@@ -130,38 +167,6 @@ def _by_input(numbers: Tensor, weight: UnpackedWeight, scheme: WeightScheme) -> 
     group_size = scheme.block[1] or num_inputs
     # the last group may be cut off
     return numbers[:, :, None].expand(-1, -1, group_size).reshape(num_outputs, -1)[:, :num_inputs]
-
-
-def read_quantized(
-    parameter: Parameter,
-    scheme: WeightScheme,
-    *,
-    dtype: torch.dtype,
-    tensors: Mapping[str, Tensor],
-    rank: Rank,
-    device: torch.device,
-) -> QuantizedWeight:
-    """The parameter's pieces, one below the other, in the kernels' layout.
-
-    dtype: of the activations, and so of the integers' scales.
-    """
-    pieces = [unpack(piece, scheme, tensors=tensors, rank=rank, device=device) for piece in parameter.pieces]
-    values = torch.cat([piece.values for piece in pieces])
-    scales = torch.cat([piece.scales for piece in pieces])
-    if scheme.layout == "float8":
-        block = float8_block(parameter, scheme, rank)
-        # a copy: its strides are those of its shape, also where there is but one scale
-        scales = scales.float()[:: block[0]].clone(memory_format=torch.contiguous_format)
-        return Float8Weight(values, scales, block)
-    zeros = None if scheme.symmetric else torch.cat([piece.zeros for piece in pieces if piece.zeros is not None])
-    order = _input_order(parameter, pieces, scheme)
-    return pack_int_weight(
-        values if order is None else values[:, order],
-        scales.to(dtype),
-        zeros,
-        bits=scheme.bits,
-        input_order=order,
-    )
 
 
 def _numbers(stored: Tensor, part: StoredPart, scheme: WeightScheme) -> Tensor:
@@ -185,7 +190,7 @@ def _unpack_outputs(words: Tensor, bits: int, places: Iterable[int]) -> Tensor:
 
 
 def _unpack_inputs(words: Tensor, bits: int) -> Tensor:
-    """int32 [rows, columns] → uint8 [rows, columns · 32 / bits], the lowest bits first."""
+    """int32 [rows, columns] → uint8 [rows, columns · 32 / bits], the lowest bits first; of bytes a quarter of that."""
     # flat first: a single column may have any stride and still be contiguous
     numbers = words.reshape(-1).view(torch.uint8)
     if bits == 4:
@@ -203,18 +208,3 @@ def _group_rows(part: StoredPart, rows: list[slice]) -> Tensor:
 def _one_each(bits: int) -> int:
     """Each number one up. As a sum of whole words: that is how writers take the one off, and borrow between numbers."""
     return sum(1 << shift for shift in range(0, 32, bits))
-
-
-def _input_order(parameter: Parameter, pieces: list[UnpackedWeight], scheme: WeightScheme) -> Tensor | None:
-    """The inputs sorted by their group. Raises UnsupportedModel where one order does not do for the whole parameter."""
-    groups = pieces[0].groups
-    if any((piece.groups is None) != (groups is None) for piece in pieces) or any(
-        piece.groups is not None and groups is not None and not torch.equal(piece.groups, groups) for piece in pieces
-    ):
-        raise UnsupportedModel(f"{parameter.name}: its parts have their inputs in different groups (`desc_act`)")
-    if groups is None:
-        return None
-    group_size = scheme.block[1]
-    if group_size is None or groups.shape[0] != pieces[0].scales.shape[1] * group_size:
-        raise UnsupportedModel(f"{parameter.name}: shuffled groups (`desc_act`) cannot be split over ranks")
-    return groups.argsort(stable=True)

@@ -85,6 +85,12 @@ def logits_in_one_step(
     return [logits[s] for s in range(len(sequences))]
 
 
+def hidden_in_one_step(decoder: Decoder, sequences: list[list[int]]) -> Tensor:
+    """What the head reads, [num_tokens, hidden_size], of all tokens."""
+    run = PagedSequences(decoder, num_seqs=len(sequences), max_len=max(map(len, sequences)))
+    return decoder.hidden(run.inputs(dict(enumerate(sequences))), run.kv)
+
+
 def logits_in_chunks(
     decoder: Decoder, sequences: list[list[int]], sizes: Sequence[int], *, kv_dtype: torch.dtype | None = None
 ) -> list[Tensor]:

@@ -12,19 +12,25 @@ from transformers import PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from llmd.errors import UnsupportedModel
-from llmd.model.checkpoint import load_decoder, load_parameters
-from llmd.model.mxfp4 import copy_mxfp4
+from llmd.model import checkpoint
+from llmd.model.checkpoint import load_decoder
+from llmd.model.dummy import dummy_quantized
+from llmd.model.memory import weight_bytes
+from llmd.model.moe import Moe
+from llmd.model.mxfp4 import mxfp4_numbers
 from llmd.model.parallel import Rank
 from llmd.model.parameters import parameters
-from llmd.model.safetensors_folder import read_headers
+from llmd.model.quantized_layouts import kept_parameters
 from llmd.model.spec import load_spec
-from tests.model.paged_steps import logits_in_chunks
+from llmd_kernels import Float4Weight, dequantized, pack_float4_weight
+from tests.model.kept_weights import CPU, load_dequantized, load_kept, nbytes, num_bytes
+from tests.model.paged_steps import hidden_in_one_step, logits_in_chunks
 from tests.model.reference_models import CASES, VOCAB_SIZE, make_reference, reference_logits, save_reference
 
-CPU = torch.device("cpu")
 MODEL_TYPE, FIELDS = CASES["gpt-oss"]
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 WEIGHTS = "model.safetensors"
+SEQUENCES = [[5, 17, 40, 3, 88, 61, 22, 9, 70, 31, 12], [90, 4, 55]]
 
 
 def random_mxfp4(*shape: int, exponents: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -61,13 +67,6 @@ def pair(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
     return model, folder
 
 
-def weights_of(folder: Path, rank: Rank) -> dict[str, Tensor]:
-    return load_parameters(
-        read_headers(folder), parameters(load_spec(folder)), dtype=torch.float32, device=CPU, rank=rank,
-        progress=lambda _done, _total: None,
-    )  # fmt: skip
-
-
 def test_logits_are_those_of_the_dequantised_model(pair: tuple[PreTrainedModel, Path]) -> None:
     model, folder = pair
     decoder = load_decoder(folder, dtype=torch.float32, device=CPU, max_model_len=40)
@@ -83,8 +82,8 @@ def test_logits_are_those_of_the_dequantised_model(pair: tuple[PreTrainedModel, 
 def test_ranks_read_whole_blocks(pair: tuple[PreTrainedModel, Path]) -> None:
     """96 columns are three units of 32, MXFP4's block: one and two."""
     _, folder = pair
-    whole = weights_of(folder, Rank())
-    ranks = [weights_of(folder, Rank(index, 2)) for index in range(2)]
+    whole = load_dequantized(folder, torch.float32)
+    ranks = [load_dequantized(folder, torch.float32, Rank(index, 2)) for index in range(2)]
     assert [rank["layers.0.experts.down.weight"].shape[2] for rank in ranks] == [32, 64]
     down = torch.cat([rank["layers.0.experts.down.weight"] for rank in ranks], dim=2)
     gates, ups = zip(*(rank["layers.0.experts.gate_up.weight"].chunk(2, dim=1) for rank in ranks), strict=True)
@@ -94,16 +93,74 @@ def test_ranks_read_whole_blocks(pair: tuple[PreTrainedModel, Path]) -> None:
 
 def test_every_code_and_scale() -> None:
     """All bytes under scales from the least to the greatest, and the scale that is not a number."""
-    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(4, 1, 1)
-    scales = torch.tensor([1, 127, 252, 255], dtype=torch.uint8)[:, None].repeat(1, 16)
-    target = torch.empty(4, 512)
-    copy_mxfp4(target, blocks, scales)
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(5, 1, 1)
+    scales = torch.tensor([0, 1, 127, 252, 255], dtype=torch.uint8)[:, None].repeat(1, 16)
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(1)
+    numbers = mxfp4_numbers(codes, scales, torch.float32)
     expected = convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.float32)[0].T
-    assert torch.equal(target[:3], expected[:3])
-    assert target[3].isnan().all()
-    rounded = torch.empty(4, 512, dtype=torch.bfloat16)
-    copy_mxfp4(rounded, blocks, scales)
-    assert torch.equal(rounded[:3].float(), expected[:3]), "not exact in bfloat16"
+    assert torch.equal(numbers[:4], expected[:4])
+    assert numbers[4].isnan().all()
+    rounded = mxfp4_numbers(codes, scales, torch.bfloat16)
+    assert torch.equal(rounded[:4].float(), expected[:4]), "not exact in bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_scales_are_what_the_kernels_make_of_them(dtype: torch.dtype) -> None:
+    """Also those that float16 does not hold."""
+    exponents = torch.arange(256, dtype=torch.uint8)[:, None]
+    codes = torch.arange(32, dtype=torch.uint8).remainder(16).repeat(256, 1)
+    kept = dequantized(pack_float4_weight(codes, exponents), dtype)
+    torch.testing.assert_close(mxfp4_numbers(codes, exponents, dtype), kept, atol=0, rtol=0, equal_nan=True)
+
+
+EXPERTS = [f"layers.{index}.experts.{name}.weight" for index in range(4) for name in ("gate_up", "down")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_stay_as_they_are_where_there_are_kernels(
+    dtype: torch.dtype, pair: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five experts of 96 and 64 rows: most of their rows are in tiles with another's."""
+    _, folder = pair
+    everything = load_dequantized(folder, dtype)
+    weights, quantized = load_kept(folder, dtype)
+    assert sorted(quantized) == sorted(EXPERTS)
+    for name, weight in quantized.items():
+        assert isinstance(weight, Float4Weight)
+        assert torch.equal(dequantized(weight, dtype), everything[name].flatten(0, 1)), name
+    assert num_bytes(weights, quantized) == weight_bytes(load_spec(folder), dtype_bytes=2, keeps_quantized=True)
+
+    expected = load_decoder(folder, dtype=dtype, device=CPU, max_model_len=40)
+    monkeypatch.setattr(checkpoint, "has_quantized_kernels", lambda **_: True)
+    decoder = load_decoder(folder, dtype=dtype, device=CPU, max_model_len=40)
+    assert isinstance(decoder._layers[0].mlp, Moe)
+    assert isinstance(decoder._layers[0].mlp.down, Float4Weight)
+    assert torch.equal(hidden_in_one_step(decoder, SEQUENCES), hidden_in_one_step(expected, SEQUENCES))
+
+
+def test_ranks_keep_whole_blocks(pair: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = pair
+    for rank in (Rank(index, 2) for index in range(2)):
+        everything = load_dequantized(folder, torch.bfloat16, rank)
+        weights, quantized = load_kept(folder, torch.bfloat16, rank)
+        assert num_bytes(weights, quantized) == weight_bytes(
+            load_spec(folder), dtype_bytes=2, keeps_quantized=True, rank=rank
+        )
+        for name in EXPERTS:
+            numbers = dequantized(quantized[name], torch.bfloat16)
+            assert torch.equal(numbers, everything[name].flatten(0, 1)), name
+
+
+def test_random_weights_have_the_size_and_spread_of_others(pair: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = pair
+    spec = load_spec(folder)
+    kept = kept_parameters(parameters(spec), spec.quantization)
+    random = dummy_quantized(kept.values(), dtype=torch.bfloat16, device=CPU, rank=Rank())
+    _, read = load_kept(folder, torch.bfloat16)
+    assert random.keys() == read.keys()
+    for name, weight in random.items():
+        assert nbytes(weight) == nbytes(read[name])
+        assert 0.95 < dequantized(weight, torch.float32).std() * weight.num_inputs**0.5 < 1.05
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmd.errors import UnsupportedModel
-from llmd.model.checkpoint import load_decoder, load_parameters
+from llmd.model.checkpoint import load_decoder
 from llmd.model.decoder import Decoder
 from llmd.model.dummy import dummy_quantized
 from llmd.model.memory import weight_bytes
 from llmd.model.parallel import Rank, whole
 from llmd.model.parameters import parameters
 from llmd.model.quantization import WeightScheme
-from llmd.model.quantized_checkpoint import load_quantized
 from llmd.model.quantized_layouts import kept_parameters
 from llmd.model.quantized_weights import dequantize, unpack
-from llmd.model.safetensors_folder import open_tensors, read_headers
 from llmd.model.spec import load_spec
-from llmd_kernels import Float8Weight, IntWeight, QuantizedWeight, dequantized
+from llmd_kernels import Float8Weight, dequantized
+from tests.model.kept_weights import CPU, ONE_RANK, load_dequantized, load_kept, nbytes, num_bytes
 from tests.model.paged_steps import logits_in_one_step
 from tests.model.quantized_checkpoints import (
     CASES,
@@ -41,8 +40,6 @@ from tests.model.quantized_checkpoints import (
 from tests.model.reference_models import make_reference, reference_logits, save_reference
 from tests.model.test_checkpoint import edit_tensors, joined
 
-CPU = torch.device("cpu")
-ONE_RANK = Rank()
 SEQUENCES = [[5, 17, 40, 3, 88, 61, 22, 9, 70, 31, 12], [90, 4, 55]]
 # q has 192 rows, k and v 96 each: blocks of 128 rows do not meet
 SIZES = {
@@ -68,38 +65,6 @@ def plain_folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactor
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return load_decoder(folder, dtype=dtype, device=CPU)
-
-
-def load_dequantized(folder: Path, dtype: torch.dtype, rank: Rank = ONE_RANK) -> dict[str, Tensor]:
-    """As on a device without kernels."""
-    spec = load_spec(folder)
-    return load_parameters(
-        read_headers(folder), parameters(spec), dtype=dtype, device=CPU, rank=rank,
-        progress=lambda _done, _total: None, quantization=spec.quantization,
-    )  # fmt: skip
-
-
-def load_kept(
-    folder: Path, dtype: torch.dtype, rank: Rank = ONE_RANK
-) -> tuple[dict[str, Tensor], dict[str, QuantizedWeight]]:
-    """As on a device with kernels: what stays plain, and what stays quantised."""
-    spec, stored = load_spec(folder), read_headers(folder)
-    kept = kept_parameters(parameters(spec), spec.quantization)
-    quantized = load_quantized(
-        kept.values(),
-        dtype=dtype,
-        device=CPU,
-        rank=rank,
-        tensors=open_tensors(stored),
-        progress=lambda _done, _total: None,
-        bytes_before=0,
-    )
-    plain = [parameter for parameter in parameters(spec) if parameter.name not in kept]
-    weights = load_parameters(
-        stored, plain, dtype=dtype, device=CPU, rank=rank, progress=lambda _done, _total: None,
-        quantization=spec.quantization,
-    )  # fmt: skip
-    return weights, quantized
 
 
 def plain_copy(folder: Path, weights: dict[str, Tensor], target: Path) -> Path:
@@ -136,20 +101,11 @@ def test_weights_that_stay_quantized_mean_the_same(case: str, plain_folder: Path
     for name, weight in quantized.items():
         assert torch.equal(dequantized(weight, torch.bfloat16), everything[name]), name
 
-    num_bytes = sum(weight.nbytes for weight in weights.values()) + sum(map(nbytes, quantized.values()))
-    assert num_bytes == weight_bytes(spec, dtype_bytes=2, keeps_quantized=True)
+    assert num_bytes(weights, quantized) == weight_bytes(spec, dtype_bytes=2, keeps_quantized=True)
 
     logits = logits_in_one_step(Decoder(spec, weights, quantized, max_model_len=64), SEQUENCES)
     expected = logits_in_one_step(load(tmp_path, torch.bfloat16), SEQUENCES)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
-
-
-def nbytes(weight: QuantizedWeight) -> int:
-    if isinstance(weight, IntWeight):
-        tensors = [weight.tiles, weight.groups, weight.input_order]
-    else:
-        tensors = [weight.values, weight.scales]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def test_what_stays_quantized(plain_folder: Path, tmp_path: Path) -> None:
@@ -198,7 +154,7 @@ def test_ranks_have_slices_of_the_whole(case: str, plain_folder: Path, tmp_path:
         weights, quantized = load_kept(tmp_path, torch.float32, Rank(index, size))
         for name, weight in quantized.items():
             assert torch.equal(dequantized(weight, torch.float32), ranks[index][name]), name
-        assert sum(weight.nbytes for weight in weights.values()) + sum(map(nbytes, quantized.values())) == weight_bytes(
+        assert num_bytes(weights, quantized) == weight_bytes(
             load_spec(tmp_path), dtype_bytes=4, keeps_quantized=True, rank=Rank(index, size)
         )
 
@@ -223,22 +179,6 @@ def test_other_families(model_type: str, fields: dict[str, object], tmp_path: Pa
             logits_in_one_step(load(tmp_path / case), SEQUENCES), reference_logits(model, SEQUENCES), strict=True
         ):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-
-
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
-
-
-@pytest.mark.parametrize("case", ["awq", "gptq, 4 bits, shuffled", "fp8, blocks"])
-def test_experts_are_dequantized(case: str, tmp_path: Path) -> None:
-    """The router is never quantised; attention stays so where there are kernels."""
-    folder = save_reference(make_reference("qwen3_moe", SIZES | MOE), tmp_path / "reference")
-    weights = write_quantized(folder, tmp_path / "quantized", CASES[case])
-    logits = logits_in_one_step(load(tmp_path / "quantized"), SEQUENCES)
-    expected = logits_in_one_step(load(plain_copy(folder, weights, tmp_path / "plain")), SEQUENCES)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
-    plain, quantized = load_kept(tmp_path / "quantized", torch.bfloat16)
-    assert "layers.0.qkv.weight" in quantized
-    assert "layers.0.experts.gate_up.weight" in plain
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
