@@ -16,6 +16,22 @@ _QWEN_3 = {
     "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "head_dim": 128,
     "attention_bias": False, "bos_token_id": 151643, "eos_token_id": 151645, "torch_dtype": "bfloat16",
 }  # fmt: skip
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_act": "silu", "vocab_size": 201088,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "sliding_window": 128, "attention_bias": True, "num_experts_per_tok": 4, "swiglu_limit": 7.0,
+    "eos_token_id": 200002, "torch_dtype": "bfloat16",
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"
+        ],
+        "quant_method": "mxfp4",
+    },
+}  # fmt: skip
 _DEEPSEEK_YARN = {
     "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
     "mscale": 0.707, "mscale_all_dim": 0.707,
@@ -56,17 +72,12 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
         "topk_method": "greedy", "n_group": 1, "topk_group": 1,
     }
     | _sizes(hidden=2048, intermediate=10944, layers=27, heads=16, kv_heads=16, tied=False),
-    "gpt-oss-20b": {
-        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_act": "silu", "vocab_size": 201088,
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64,
-        "rope_scaling": {
-            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-            "original_max_position_embeddings": 4096,
-        },
-        "sliding_window": 128, "attention_bias": True, "num_local_experts": 32, "num_experts_per_tok": 4,
-        "swiglu_limit": 7.0, "eos_token_id": 200002, "torch_dtype": "bfloat16",
-    }
+    "gpt-oss-20b": _GPT_OSS
+    | {"num_local_experts": 32}
     | _sizes(hidden=2880, intermediate=2880, layers=24, heads=64, kv_heads=8, tied=False),
+    "gpt-oss-120b": _GPT_OSS
+    | {"num_local_experts": 128}
+    | _sizes(hidden=2880, intermediate=2880, layers=36, heads=64, kv_heads=8, tied=False),
     "mixtral-8x7b": {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "vocab_size": 32000,
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None,

@@ -13,7 +13,7 @@ from llmd.fetch.built_in import BUILT_IN
 from llmd.fetch.folder import exclusive, new_folder
 
 # Part of the name of every folder: raise it when what is written changes.
-_VERSION = 1
+_VERSION = 2
 _NEEDED = ("config.json", "tokenizer.json")
 
 _CHAT_TEMPLATE = (

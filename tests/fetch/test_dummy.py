@@ -17,7 +17,7 @@ from llmd.text.tokenizer import Tokenizer
 SIZES = {
     "llama-3.2-1b": 1.236, "llama-3.1-8b": 8.030, "llama-3.1-70b": 70.554, "mistral-7b": 7.248, "qwen3-0.6b": 0.596,
     "qwen3-8b": 8.191, "smollm2-135m": 0.1345, "deepseek-v2-lite": 15.706, "gpt-oss-20b": 20.915,
-    "mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532,
+    "gpt-oss-120b": 116.83, "mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532,
 }  # fmt: skip
 
 
