@@ -74,3 +74,11 @@ def test_it_says_how_a_model_is_quantized_and_what_it_takes(
     assert "dequantised at load" in printed
     assert main(["check", str(tmp_path), "--device", "cuda"]) == 0
     assert "products read the weights as they are" in capsys.readouterr().out
+
+
+def test_it_says_that_experts_are_mxfp4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["check", "gpt-oss-20b", "--load-format", "dummy", "--download-dir", str(tmp_path), "--max-num-seqs", "2"]
+    assert main([*command, "--device", "cuda"]) == 0
+    printed = capsys.readouterr().out
+    assert "quantised    experts alone: mxfp4, 4 bits, groups of 32 inputs" in printed
+    assert "products read the weights as they are" in printed

@@ -52,3 +52,17 @@ def test_weights_of_four_bits_are_read_sooner() -> None:
     quantization = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
     small = parse_spec({**BUILT_IN["llama-3.1-70b"], "quantization_config": quantization})
     assert tokens(small) > 64
+
+
+def test_of_experts_those_count_that_a_token_chooses_as_they_are_held() -> None:
+    """Four of 32 MXFP4 experts beside what all tokens read: attention, routers, biases and the head."""
+    spec = parse_spec(BUILT_IN["gpt-oss-20b"])
+    hidden, layers = 2880, 24
+    attention = hidden * 64 * (64 + 2 * 8) + 64 * (64 + 2 * 8) + 64 * 64 * hidden + hidden + 64
+    bytes_of_all = 2 * (layers * (attention + 32 * (hidden + 1) + 2 * hidden) + hidden + 201088 * hidden)
+    # a number has half a byte, 32 of them an exponent; biases are of 16 bits
+    bytes_of_each = layers * 4 * (3 * hidden * hidden * (1 / 2 + 1 / 32) + 2 * 3 * hidden)
+    bytes_left = layers * 300e-6 * 3e12 - bytes_of_all
+    assert tokens(spec) == pytest.approx(bytes_left / bytes_of_each, rel=1e-3)
+    plain = {name: value for name, value in BUILT_IN["gpt-oss-20b"].items() if name != "quantization_config"}
+    assert tokens(spec) > 3 * tokens(parse_spec(plain))

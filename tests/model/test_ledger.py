@@ -6,6 +6,7 @@ import pytest
 
 from llmd.config import CacheConfig, ModelConfig, SchedulerConfig
 from llmd.errors import StartupFailed
+from llmd.fetch.built_in import BUILT_IN
 from llmd.model.ledger import GIB, MemoryLedger, plan_memory
 from llmd.model.memory import kv_bytes_per_token
 from llmd.model.spec import ModelSpec, parse_spec
@@ -130,3 +131,28 @@ def test_quantized_weights_count_as_what_is_held() -> None:
     linear = 22 * (2048 * (2048 + 2 * 256 + 2048) + 3 * 2048 * 5632)
     assert plain.weights - kept.weights == linear * 2 - linear // 2 - linear // 128 * 4
     assert kept.activations - plain.activations == 2 * (2 * 5632 * 2048 * 2)
+
+
+def test_quantized_experts_stay_and_no_step_dequantizes_them() -> None:
+    """Room for a dequantised weight is left for attention alone, whose q, k and v are the largest."""
+    int4 = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+    mixtral = parse_spec(BUILT_IN["mixtral-8x7b"])
+    quantized = parse_spec({**BUILT_IN["mixtral-8x7b"], "quantization_config": int4})
+    assert plan(128 * GIB, spec=quantized) == plan(128 * GIB, spec=mixtral)
+    plain, kept = (plan(128 * GIB, on_cpu=False, enforce_eager=True, spec=spec) for spec in (mixtral, quantized))
+    linear = 32 * (4096 * (2 * 4096 + 2 * 1024) + 8 * 3 * 4096 * 14336)
+    assert plain.weights - kept.weights == linear * 2 - linear // 2 - linear // 128 * 4
+    assert kept.activations - plain.activations == 2 * (4096 + 2 * 1024) * 4096
+
+
+@pytest.mark.parametrize(("name", "num_experts", "num_layers"), [("gpt-oss-20b", 32, 24), ("gpt-oss-120b", 128, 36)])
+def test_mxfp4_experts_take_four_bits_and_a_quarter(name: str, num_experts: int, num_layers: int) -> None:
+    """Beside that nothing: all else is plain, and no step dequantises them."""
+    config = {key: value for key, value in BUILT_IN[name].items() if key != "quantization_config"}
+    plain, kept = (
+        plan(256 * GIB, on_cpu=False, enforce_eager=True, spec=spec)
+        for spec in (parse_spec(config), parse_spec(BUILT_IN[name]))
+    )
+    numbers = num_layers * num_experts * 3 * 2880 * 2880
+    assert plain.weights - kept.weights == numbers * 2 - numbers // 2 - numbers // 32
+    assert kept.activations == plain.activations
