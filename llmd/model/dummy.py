@@ -81,7 +81,9 @@ def _random_parts(
     num_outputs, num_inputs = shape
     # those without memory all at once: they cost the same
     rows_at_once = num_outputs if device.type == "meta" else _ROWS_AT_ONCE
-    num_groups = -(-num_inputs // (scheme.block[1] or num_inputs))
+    group = scheme.block[1] or num_inputs
+    # the last one of float8 may be cut off
+    num_groups = -(-num_inputs // group) if scheme.layout == "float8" else num_inputs // group
     deviation = num_inputs**-0.5
     for first in range(0, num_outputs, rows_at_once):
         num_rows = min(rows_at_once, num_outputs - first)

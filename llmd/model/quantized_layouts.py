@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmd.errors import UnsupportedModel
-from llmd.model.parallel import Parameter, Piece, Rank, Shard
+from llmd.model.parallel import ONE_RANK, Parameter, Piece, Rank, Shard
 from llmd.model.quantization import MXFP4, Layout, QuantizationSpec, WeightScheme
 
 WORD_BITS = 32
@@ -193,11 +193,14 @@ def kept_parameters(
 def kept_scheme(parameter: Parameter, quantization: QuantizationSpec | None) -> WeightScheme | None:
     """How this parameter can stay quantised here; None = it is dequantised, if it is quantised at all.
 
-    All its pieces must be alike, in groups that the kernels know; the experts of a stack have no order of inputs.
+    All its pieces must be alike, in groups that the kernels know; the experts of a stack have no order of inputs, and
+    float8 numbers come in pairs (ranks have an even number of inputs wherever the whole has).
     """
     schemes = {piece_scheme(parameter, piece, quantization) for piece in parameter.pieces}
     scheme = schemes.pop()
     if scheme is None or schemes or (scheme.shuffled and parameter.num_experts is not None):
+        return None
+    if scheme.layout == "float8" and parameter.matrix_shape(ONE_RANK)[1] % 2:
         return None
     group = scheme.block[1]
     multiple = FLOAT8_GROUP_MULTIPLE if scheme.layout == "float8" else GROUP_MULTIPLE
