@@ -24,47 +24,20 @@ from llmd.model.quantized_layouts import kept_parameters
 from llmd.model.spec import load_spec
 from llmd_kernels import Float4Weight, dequantized, pack_float4_weight
 from tests.model.kept_weights import CPU, load_dequantized, load_kept, nbytes, num_bytes
+from tests.model.mxfp4_checkpoints import WEIGHTS, save_with_mxfp4
 from tests.model.paged_steps import hidden_in_one_step, logits_in_chunks
-from tests.model.reference_models import CASES, VOCAB_SIZE, make_reference, reference_logits, save_reference
+from tests.model.reference_models import CASES, VOCAB_SIZE, make_reference, reference_logits
 
 MODEL_TYPE, FIELDS = CASES["gpt-oss"]
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
-WEIGHTS = "model.safetensors"
 SEQUENCES = [[5, 17, 40, 3, 88, 61, 22, 9, 70, 31, 12], [90, 4, 55]]
-
-
-def random_mxfp4(*shape: int, exponents: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blocks and scales of a matrix stack [..., N, K]; exponents of the scales, the last not among them."""
-    *rows, num_inputs = shape
-    blocks = torch.randint(256, (*rows, num_inputs // 32, 16), generator=generator, dtype=torch.uint8)
-    scales = torch.randint(127 + exponents[0], 127 + exponents[1], blocks.shape[:-1], generator=generator)
-    return blocks, scales.to(torch.uint8)
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
     """A model with MXFP4's numbers in its experts, and the folder that has them packed."""
     model = make_reference(MODEL_TYPE, FIELDS | SIZES)
-    generator = torch.Generator().manual_seed(5)
-    packed: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
-            # gates and ups so large that some are clamped
-            for name, shape, exponents in (
-                ("gate_up_proj", (5, 192, 64), (-3, 0)),
-                ("down_proj", (5, 64, 96), (-7, -4)),
-            ):
-                blocks, scales = random_mxfp4(*shape, exponents=exponents, generator=generator)
-                there = f"model.layers.{index}.mlp.experts.{name}"
-                packed |= {f"{there}_blocks": blocks, f"{there}_scales": scales}
-                matrices = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-                getattr(layer.mlp.experts, name).copy_(matrices)
-    folder = save_reference(model, tmp_path, quantization_config={"quant_method": "mxfp4"})
-    tensors = {
-        name: t for name, t in load_file(folder / WEIGHTS).items() if not name.endswith(("up_proj", "down_proj"))
-    }
-    save_file(tensors | packed, folder / WEIGHTS)
-    return model, folder
+    return model, save_with_mxfp4(model, tmp_path)
 
 
 def test_logits_are_those_of_the_dequantised_model(pair: tuple[PreTrainedModel, Path]) -> None:

@@ -92,7 +92,9 @@ def test_where_there_are_no_kernels_stacks_are_dequantized(case: str, tmp_path: 
 
 
 def test_what_no_kernel_knows_is_dequantized(tmp_path: Path) -> None:
-    """Inputs in another order, groups of 16, a stack of which one matrix is plain. Other weights are not concerned."""
+    """Inputs in another order, groups of 16, 33 float8 inputs, a stack of which one matrix is plain. Other weights are
+    not concerned.
+    """
     _, shuffled = load_kept(quantized_folder("mixtral", "gptq, 4 bits, shuffled", tmp_path / "a"), torch.bfloat16)
     assert shuffled.keys() == {f"layers.{index}.{name}.weight" for index in (0, 1) for name in ("qkv", "o")}
 
@@ -101,6 +103,11 @@ def test_what_no_kernel_knows_is_dequantized(tmp_path: Path) -> None:
     folder = save_reference(make_reference("mixtral", MODELS["mixtral"]), tmp_path / "reference")
     write_quantized(folder, tmp_path / "b", small)
     assert not load_kept(tmp_path / "b", torch.bfloat16)[1]
+
+    odd = save_reference(make_reference("mixtral", MODELS["mixtral"] | {"intermediate_size": 33}), tmp_path / "odd")
+    write_quantized(odd, tmp_path / "d", CASES["fp8, one scale"])
+    kept = load_kept(tmp_path / "d", torch.bfloat16)[1].keys()
+    assert set(STACKS) & kept == {"layers.0.experts.gate_up.weight", "layers.1.experts.gate_up.weight"}
 
     plain = "layers.1.block_sparse_moe.experts.3.w3"
     config = CASES["awq"].config | {"modules_to_not_convert": [plain]}
