@@ -154,6 +154,7 @@ def _scales(scheme: WeightScheme, *names: str) -> StoredPart:
     return StoredPart(names=names, dtypes=SCALE_DTYPES, axes=(Axis("outputs", outputs), Axis("inputs", inputs)))
 
 
+# MXFP4 is not among them: its two tensors have all experts in them (`Piece.tensors`).
 LAYOUTS: dict[Layout, Callable[[WeightScheme], StoredWeight]] = {
     "awq": _awq,
     "gptq": _gptq,
