@@ -35,6 +35,7 @@ POSITIONS = {"max_position_embeddings": MAX_MODEL_LEN}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "gpt-oss": ("gpt_oss", GPT_OSS | {"num_local_experts": 4}),
+    "gpt-oss, MXFP4": ("gpt_oss", GPT_OSS | {"num_local_experts": 4}),
     "deepseek v3": ("deepseek_v3", DEEPSEEK | {"n_group": 4, "topk_group": 2, "num_key_value_heads": 2}),
 }
 # What rows ask for.
@@ -99,7 +100,9 @@ class Watched:
 @pytest.fixture(scope="module", params=MODELS)
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     model_type, fields = MODELS[request.param]
-    folder = save_reference(make_reference(model_type, SIZES | fields | POSITIONS), tmp_path_factory.mktemp("models"))
+    changes = {"quantization_config": {"quant_method": "mxfp4"}} if "MXFP4" in request.param else {}
+    model = make_reference(model_type, SIZES | fields | POSITIONS)
+    folder = save_reference(model, tmp_path_factory.mktemp("models"), **changes)
     return load_without_memory(folder, dtype=torch.bfloat16, max_model_len=MAX_MODEL_LEN)
 
 

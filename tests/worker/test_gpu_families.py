@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.model import quantized_checkpoints
+from tests.model.mxfp4_checkpoints import save_with_mxfp4
 from tests.model.reference_models import DEEPSEEK, GPT_OSS, make_reference, save_reference
 from tests.worker.engine import Answer, generate_request
 from tests.worker.pretended_gpu import cpu_engine, load_for_cpu, load_for_gpu, run_on_gpu
@@ -30,7 +31,7 @@ class Family:
     dtype: torch.dtype
     tolerance: float
     fields: dict[str, Any]
-    quantized: str | None = None  # how: a case of quantized_checkpoints
+    quantized: str | None = None  # how: a case of quantized_checkpoints, or "mxfp4"
     kv_dtype: torch.dtype | None = None
 
 
@@ -44,6 +45,19 @@ FAMILIES = {
     "mixtral, float32": Family("mixtral", torch.float32, 1e-4, {"num_local_experts": 5, "num_experts_per_tok": 2}),
     # two kinds of layers: with a window, without
     "gpt-oss": Family("gpt_oss", torch.bfloat16, 0.1, GPT_OSS | {"num_hidden_layers": 2, "num_local_experts": 4}),
+    "gpt-oss, MXFP4": Family(
+        "gpt_oss", torch.bfloat16, 0.1, GPT_OSS | {"num_hidden_layers": 2, "num_local_experts": 4}, quantized="mxfp4"
+    ),
+    "mixtral, int4": Family(
+        "mixtral", torch.float16, 0.02, {"num_local_experts": 5, "num_experts_per_tok": 2}, quantized="awq"
+    ),
+    "qwen3 moe, float8": Family(
+        "qwen3_moe",
+        torch.bfloat16,
+        0.15,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        quantized="fp8, small blocks",
+    ),
     "deepseek v3": Family(
         "deepseek_v3",
         torch.float16,
@@ -57,11 +71,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_steps_of_a_gpu(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    folder = save_reference(make_reference(family.model_type, SIZES | family.fields | POSITIONS), tmp_path / "model")
-    if family.quantized is not None:
-        case = quantized_checkpoints.CASES[family.quantized]
-        quantized_checkpoints.write_quantized(folder, tmp_path / "quantized", case)
-        folder = tmp_path / "quantized"
+    folder = make_folder(family, tmp_path)
     on_cpu, on_gpu = load_for_cpu(folder, family.dtype), load_for_gpu(folder, family.dtype)
     has_experts = on_gpu.spec.layers[0].moe is not None
     # a long prompt and a short one; without experts the second runs on alone: its steps end with a draw
@@ -79,6 +89,17 @@ def test_steps_of_a_gpu(name: str, tmp_path: Path) -> None:
     assert together.kernels >= {*kernels, "attend", "rope_kv_write_kernel"}
     alone = run_on_gpu(on_gpu, [first], kv_dtype=family.kv_dtype, with_graphs=False)
     assert alone.answers[0] == together.answers[0]
+
+
+def make_folder(family: Family, tmp_path: Path) -> Path:
+    model = make_reference(family.model_type, SIZES | family.fields | POSITIONS)
+    if family.quantized == "mxfp4":
+        return save_with_mxfp4(model, tmp_path)
+    folder = save_reference(model, tmp_path / "model")
+    if family.quantized is None:
+        return folder
+    quantized_checkpoints.write_quantized(folder, tmp_path / "quantized", quantized_checkpoints.CASES[family.quantized])
+    return tmp_path / "quantized"
 
 
 def assert_close(answer: Answer, expected: Answer, *, tolerance: float) -> None:

@@ -38,6 +38,7 @@ from llmd_kernels.compile_ahead import compiling_ahead
 from llmd_kernels.paged_attention import triton_ops
 from tests.kernels.proof.compiler import absent_gpu
 from tests.model import quantized_checkpoints, reference_models
+from tests.model.mxfp4_checkpoints import save_with_mxfp4
 from tests.worker.engine import BLOCK_SIZE, Engine, generate_request
 
 MAX_MODEL_LEN = 400
@@ -214,6 +215,35 @@ def test_quantised_weights(case: str, tmp_path: Path) -> None:
     quantized_checkpoints.write_quantized(plain, tmp_path / "quantised", quantized_checkpoints.CASES[case])
     needed = assert_all_found(tmp_path / "quantised", seed=3, number=3)
     assert any(kernel.startswith("quantized_linear_kernel") for kernel in needed)
+
+
+@pytest.mark.parametrize("case", ["awq", "int-quantized", "fp8, blocks", "fp8, one scale"])
+def test_quantised_experts(case: str, tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "max_position_embeddings": MAX_MODEL_LEN,
+    }  # fmt: skip
+    model = reference_models.make_reference("mixtral", reference_models.EXPERTS_5 | sizes)
+    plain = reference_models.save_reference(model, tmp_path / "plain")
+    quantized = quantized_checkpoints.CASES[case]
+    if case == "int-quantized":
+        quantized = replace(quantized, config=quantized.config | {"ignore": ["lm_head", r"re:.*\.gate$"]})
+    quantized_checkpoints.write_quantized(plain, tmp_path / "quantised", quantized)
+    needed = assert_all_found(tmp_path / "quantised", seed=5, number=3)
+    assert kinds_of_stacks(needed) == {{"awq": "int4", "int-quantized": "int8"}.get(case, "float8")}
+
+
+def test_mxfp4_experts(tmp_path: Path) -> None:
+    model_type, fields = reference_models.CASES["gpt-oss"]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": MAX_MODEL_LEN}
+    folder = save_with_mxfp4(reference_models.make_reference(model_type, fields | sizes), tmp_path)
+    assert kinds_of_stacks(assert_all_found(folder, seed=6, number=3)) == {"float4"}
+
+
+def kinds_of_stacks(kernels: set[str]) -> set[str]:
+    """Which kinds of weights the experts' kernels were compiled for."""
+    texts = [kernel for kernel in kernels if kernel.startswith(("gate_up_kernel", "down_kernel"))]
+    return {kind for kind in ("numbers", "int4", "int8", "float8", "float4") for text in texts if f"'{kind}'" in text}
 
 
 def test_a_float8_cache(tmp_path: Path) -> None:
