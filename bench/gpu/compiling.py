@@ -88,6 +88,8 @@ def _compile(task: _Task) -> str:
     with compiled_for(task.arch) as compiled:
         try:
             task.work()
+        except AssertionError:
+            pass  # of results, which a launch that only compiles does not have
         except Exception as failure:  # one that does not compile must not keep the others from it
             error = f"{type(failure).__name__}: {failure}"
     # Triton 3.6 compiles a little C for each signature, one after the other, as kernels are first launched.

@@ -62,7 +62,7 @@ def test_a_process_that_dies_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_kernels_have_their_launchers_where_there_is_a_gpu(
     device: str, num_launchers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of works that fail, too."""
+    """Of works that fail, too; what a work says of its results is no error, as there are none."""
 
     def launcher(source: Any, metadata: Any) -> None:
         tmp_path.joinpath(f"launcher of {metadata.name} {source.hash()}").touch()
@@ -73,11 +73,16 @@ def test_kernels_have_their_launchers_where_there_is_a_gpu(
     with knobs.cache.scope():
         knobs.cache.dir = str(tmp_path / "cache")
         with compile_pool(1) as pool:
-            found = compile_all(pool, machine(device), [functools.partial(launch, 64), failing_work])
-    assert found["errors"] == 1
+            found = compile_all(pool, machine(device), [functools.partial(launch, 64), failing_work, wrong_work])
+    assert (found["errors"], found["first error"]) == (1, "RuntimeError: it does not compile")
     assert len(list(tmp_path.glob("launcher of gated_mul_kernel *"))) == num_launchers
 
 
 def failing_work() -> None:
+    launch(96)
+    raise RuntimeError("it does not compile")
+
+
+def wrong_work() -> None:
     launch(96)
     raise AssertionError("what was not computed is not equal")
