@@ -24,7 +24,7 @@ SHIPPED = {
     "linear_draw": r"bfloat16 \d+×4096 → 128256",
     "sample_on_device": r"float32 128256 (plain|filters)",
     "route": r"Qwen3-30B-A3B bfloat16",
-    "experts": r"Qwen3-30B-A3B .*",
+    "experts": r"Qwen3-30B-A3B( |, float4,).*",
     "rope_kv_write": r"Llama-3.1-8B bfloat16",
     "add_rms_norm": r"bfloat16 4096",
     "gated_mul": r"silu bfloat16 14336",

@@ -53,14 +53,14 @@ def measure(machine: Machine, recorder: Recorder, pool: Pool, folder: Path) -> N
         recorder.row("random weights and KV cache", lambda: {"s": seconds, "blocks": model.num_blocks})
         for num_seqs in machine.sizes.steps.buckets:
             recorder.row(f"decode step, {num_seqs} at once", lambda num_seqs=num_seqs: _time(model, num_seqs, folder))
-        for num_seqs, chunk in machine.sizes.steps.mixed:
-            for how in ("", ", launched one by one"):
-                time_mixed = functools.partial(_time_mixed, model, num_seqs, chunk, with_graphs=not how)
-                recorder.row(f"mixed step, {num_seqs} decode beside {chunk} of a prompt{how}", time_mixed)
         same = SameTokens(model)
         recorder.row("graphs as launches one by one", lambda: same.compare(with_graphs=False))
         recorder.row("alone as in company", lambda: same.compare(in_company=True))
         recorder.row("whole prompts as in chunks", lambda: same.compare(in_company=True, in_chunks=True))
+        for num_seqs, chunk in machine.sizes.steps.mixed:
+            for how in ("", ", launched one by one"):
+                time_mixed = functools.partial(_time_mixed, model, num_seqs, chunk, with_graphs=not how)
+                recorder.row(f"mixed step, {num_seqs} decode beside {chunk} of a prompt{how}", time_mixed)
 
 
 def _compile(machine: Machine, pool: Pool) -> Values:
@@ -68,7 +68,11 @@ def _compile(machine: Machine, pool: Pool) -> Values:
     works: list[Work] = [
         functools.partial(launch_linear, shape, num_tokens)
         for shape in machine.sizes.model.linears.values()
-        for num_tokens in (*machine.sizes.steps.buckets, *machine.sizes.steps.prompts)
+        for num_tokens in (
+            *machine.sizes.steps.buckets,
+            *machine.sizes.steps.prompts,
+            *map(sum, machine.sizes.steps.mixed),
+        )
     ]
     works += shipped(SHIPPED, machine.arch)
     return compile_all(pool, machine, works[: machine.sizes.sweep_configurations])

@@ -18,6 +18,7 @@ def subjects(machine: Machine) -> Iterator[Subject]:
     for num_tokens in machine.sizes.expert_tokens:
         yield _route(machine, num_tokens)
         yield _experts(machine, num_tokens)
+    for num_tokens in machine.sizes.expert_tokens:
         yield _float4_experts(machine, num_tokens)
 
 

@@ -183,6 +183,7 @@ def quantized_layers() -> Iterator[tuple[str, str, dict[str, QuantizedWeight], f
         ("int4 by 128", "Mixtral-8x7B"),
         ("int4 by 128", "Qwen3-30B-A3B"),
         ("float8 by 128×128", "Qwen3-30B-A3B"),
+        ("float4", "Qwen3-30B-A3B"),
         ("float4", "gpt-oss-20b"),
     ):
         make, vector_share = makers[kind]
