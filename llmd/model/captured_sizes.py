@@ -66,7 +66,8 @@ def tokens_beside_launches(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ON
     wanted = parameters(spec)
     keeps_quantized = has_quantized_kernels(on_cpu=False, dtype_bytes=dtype_bytes)
     kept = kept_parameters(wanted, spec.quantization) if keeps_quantized else {}
-    multiplications = bytes_of_all = bytes_of_each = 0.0  # of a token; of weights that all tokens share, or one needs
+    multiplications = 0.0  # of a token
+    bytes_of_all = bytes_of_experts = bytes_of_chosen = 0.0  # what all tokens share; the experts; those of a token
     for parameter in wanted:
         num_bytes = parameter.num_bytes(rank, dtype_bytes)
         if parameter.name in kept:
@@ -76,7 +77,8 @@ def tokens_beside_launches(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ON
         if moe is not None and parameter.num_experts:
             share = moe.num_chosen / moe.num_experts
             multiplications += share * parameter.num_elements(rank)
-            bytes_of_each += share * num_bytes
+            bytes_of_experts += num_bytes
+            bytes_of_chosen += share * num_bytes
         elif part == "layers":
             multiplications += parameter.num_elements(rank)
             bytes_of_all += num_bytes
@@ -88,7 +90,8 @@ def tokens_beside_launches(spec: ModelSpec, *, dtype_bytes: int, rank: Rank = ON
     if bytes_left <= 0:
         return 0
     computed = seconds * MULTIPLICATIONS / multiplications
-    return min(computed, bytes_left / bytes_of_each) if bytes_of_each else computed
+    # as if each token chose others, until all are read
+    return computed if bytes_of_experts <= bytes_left else min(computed, bytes_left / bytes_of_chosen)
 
 
 def graph_bytes(spec: ModelSpec, captured: CapturedSizes, *, dtype_bytes: int) -> int:

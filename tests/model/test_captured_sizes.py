@@ -54,15 +54,23 @@ def test_weights_of_four_bits_are_read_sooner() -> None:
     assert tokens(small) > 64
 
 
-def test_of_experts_those_count_that_a_token_chooses_as_they_are_held() -> None:
-    """Four of 32 MXFP4 experts beside what all tokens read: attention, routers, biases and the head."""
-    spec = parse_spec(BUILT_IN["gpt-oss-20b"])
-    hidden, layers = 2880, 24
+def test_experts_in_four_bits_are_all_read_in_time() -> None:
+    """Those of gpt-oss-20b are, so its products count; those of 120b are not, of which each token reads others."""
+    hidden = 2880
     attention = hidden * 64 * (64 + 2 * 8) + 64 * (64 + 2 * 8) + 64 * 64 * hidden + hidden + 64
-    bytes_of_all = 2 * (layers * (attention + 32 * (hidden + 1) + 2 * hidden) + hidden + 201088 * hidden)
-    # a number has half a byte, 32 of them an exponent; biases are of 16 bits
-    bytes_of_each = layers * 4 * (3 * hidden * hidden * (1 / 2 + 1 / 32) + 2 * 3 * hidden)
-    bytes_left = layers * 300e-6 * 3e12 - bytes_of_all
-    assert tokens(spec) == pytest.approx(bytes_left / bytes_of_each, rel=1e-3)
+    expert = 3 * hidden * hidden
+
+    def shared(layers: int, num_experts: int) -> int:
+        return layers * (attention + num_experts * (hidden + 1) + 2 * hidden)
+
+    small = parse_spec(BUILT_IN["gpt-oss-20b"])
+    seconds = 24 * 300e-6
+    assert tokens(small) == pytest.approx(seconds * 300e12 / (shared(24, 32) + 24 * 4 * expert), rel=1e-3)
     plain = {name: value for name, value in BUILT_IN["gpt-oss-20b"].items() if name != "quantization_config"}
-    assert tokens(spec) > 3 * tokens(parse_spec(plain))
+    assert tokens(parse_spec(plain)) < 16
+
+    large = parse_spec(BUILT_IN["gpt-oss-120b"])
+    bytes_left = 36 * 300e-6 * 3e12 - 2 * (shared(36, 128) + hidden + 201088 * hidden)
+    # a number has half a byte, 32 of them an exponent; biases are of 16 bits
+    bytes_of_chosen = 36 * 4 * (expert * (1 / 2 + 1 / 32) + 2 * 3 * hidden)
+    assert tokens(large) == pytest.approx(bytes_left / bytes_of_chosen, rel=1e-3)
