@@ -29,6 +29,7 @@ from llmd_kernels.quantized_linear import (
     IntWeight,
     QuantizedWeight,
     dequantized,
+    float4_numbers,
     pack_float4_weight,
     pack_int_weight,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "append_token_ids",
     "dequantized",
     "experts",
+    "float4_numbers",
     "gated_mul",
     "linear",
     "linear_draw",

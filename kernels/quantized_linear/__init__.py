@@ -10,6 +10,7 @@ from llmd_kernels.quantized_linear.weights import (
     IntWeight,
     QuantizedWeight,
     dequantized,
+    float4_numbers,
     pack_float4_weight,
     pack_int_weight,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "IntWeight",
     "QuantizedWeight",
     "dequantized",
+    "float4_numbers",
     "pack_float4_weight",
     "pack_int_weight",
     "quantized_linear",

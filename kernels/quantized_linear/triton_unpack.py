@@ -197,7 +197,7 @@ def unpacked(
             numbers = tl.join(shifted(halves, dtype), shifted(halves >> 16, dtype))
         else:
             places = float4_places(halves, dtype)
-            numbers = tl.join(float4_numbers(places, dtype), float4_numbers(places >> 16, dtype))
+            numbers = tl.join(widened_float4(places, dtype), widened_float4(places >> 16, dtype))
         numbers = numbers.reshape(OUTPUTS, 2, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(OUTPUTS, BLOCK)
         block = (numbers - zero) * scale if KIND == "int4" else numbers * scale
     elif KIND == "int8":
@@ -235,7 +235,7 @@ def float4_places(codes, dtype: tl.constexpr):
 
 
 @triton.jit
-def float4_numbers(places, dtype: tl.constexpr):
+def widened_float4(places, dtype: tl.constexpr):
     """The numbers whose `float4_places` are in the low halves of words, exactly; 0.5 from one below normal."""
     bias: tl.constexpr = 126 if dtype == tl.bfloat16 else 14
     return places.to(tl.int16).to(dtype, bitcast=True) * tl.full([], 2.0**bias, dtype)

@@ -86,6 +86,7 @@ QuantizedWeight = IntWeight | Float8Weight | Float4Weight
 
 # Inputs of a Float4Weight that share an exponent.
 FLOAT4_GROUP = 32
+FLOAT4_BIAS = 127  # of an exponent
 FLOAT4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -150,7 +151,7 @@ def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Float8Weight):
         return _dequantized_float8(weight, dtype)
     if isinstance(weight, Float4Weight):
-        return _dequantized_float4(weight, dtype)
+        return float4_numbers(integers(weight), weight.exponents.t(), dtype)
     scales, zeros = scales_and_zeros(weight)
     exact = integers(weight).to(torch.int16) - _by_input(zeros.to(torch.int16), weight)
     rows = exact.to(dtype) * _by_input(scales.to(dtype), weight)
@@ -221,16 +222,17 @@ def _dequantized_float8(weight: Float8Weight, dtype: torch.dtype) -> Tensor:
     return (weight.values.float() * scales).to(dtype)
 
 
-def _dequantized_float4(weight: Float4Weight, dtype: torch.dtype) -> Tensor:
-    codes = integers(weight)
+def float4_numbers(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What MXFP4 stands for [N, K], from codes uint8 [N, K] and exponents uint8 [N, K / 32] as `pack_float4_weight`
+    takes them.
+
+    Exact in bfloat16 and float32. float16 holds powers of two from 2^-24 to 2^15: a smaller one counts as 0 there and a
+    greater one as infinity, and products are rounded.
+    """
     magnitudes = torch.tensor(FLOAT4_MAGNITUDES, dtype=dtype, device=codes.device)
     numbers = magnitudes[(codes & 7).int()] * (1 - 2 * (codes >> 3).to(dtype))
-    return numbers * float4_scales(weight).to(dtype).t().repeat_interleave(FLOAT4_GROUP, dim=1)
-
-
-def float4_scales(weight: Float4Weight) -> Tensor:
-    """The powers of two, float32 [num_groups, num_outputs]."""
-    exponents = weight.exponents.to(torch.int32)
+    bits = exponents.to(torch.int32)
     # 2^-127 is half of the smallest normal number, and NaN infinity with a mantissa
-    special = (exponents == 0) | (exponents == 255)
-    return (exponents << 23 | special.to(torch.int32) << 22).view(torch.float32)
+    special = (bits == 0) | (bits == 255)
+    powers = (bits << 23 | special.to(torch.int32) << 22).view(torch.float32)
+    return numbers * powers.to(dtype).repeat_interleave(FLOAT4_GROUP, dim=1)

@@ -6,13 +6,13 @@ from math import floor, log2
 import torch
 from torch import Tensor
 
-from llmd.model.mxfp4 import EXPONENT_BIAS, MAGNITUDES
 from llmd.model.parallel import Parameter, Rank
 from llmd.model.quantization import WeightScheme
 from llmd.model.quantized_layouts import KERNEL_TILE
 from llmd.model.quantized_packing import packed
 from llmd.model.quantized_weights import UnpackedWeight
 from llmd_kernels import QuantizedWeight
+from llmd_kernels.quantized_linear.weights import FLOAT4_BIAS, FLOAT4_MAGNITUDES
 
 _SEED = 0
 _BIAS_DEVIATION = 0.02
@@ -105,8 +105,8 @@ def _random_exponents(
     shape: tuple[int, int], deviation: float, *, device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     """uint8. Of two powers of two, so often the one and the other that MXFP4's numbers have the deviation."""
-    wanted = deviation**2 / (sum(magnitude**2 for magnitude in MAGNITUDES) / len(MAGNITUDES))
+    wanted = deviation**2 / (sum(magnitude**2 for magnitude in FLOAT4_MAGNITUDES) / len(FLOAT4_MAGNITUDES))
     exponent = floor(log2(wanted) / 2)
     share_of_greater = (wanted / 4**exponent - 1) / 3
     greater = torch.empty(shape, device=device).bernoulli_(share_of_greater, generator=generator)
-    return (greater + (EXPONENT_BIAS + exponent)).to(torch.uint8)
+    return (greater + (FLOAT4_BIAS + exponent)).to(torch.uint8)

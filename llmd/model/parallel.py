@@ -46,7 +46,7 @@ class ExpertView:
     transposed: bool = False  # it is kept as [num_inputs, num_outputs]
     first_row: int = 0
     row_step: int = 1  # 2: the rows of two matrices alternate
-    mxfp4: bool = False  # two tensors, `…_blocks` and `…_scales`, as `mxfp4.py` reads them
+    mxfp4: bool = False  # two tensors: `…_blocks` of codes, the first of a byte in its low bits, and `…_scales`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from llmd.model.parallel import MXFP4_BLOCK
 #   packed      compressed-tensors "pack-quantized": words of inputs
 #   int8        compressed-tensors "int-quantized": signed bytes
 #   float8      float8_e4m3fn with scales
-#   mxfp4       gpt-oss's experts, see mxfp4.py
+#   mxfp4       gpt-oss's experts: blocks of codes, two a byte, and exponents (llmd_kernels.float4_numbers)
 Layout = Literal["awq", "gptq", "gptq_v2", "packed", "int8", "float8", "mxfp4"]
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llmd.errors import UnsupportedModel
 from llmd.model.expert_views import viewed
-from llmd.model.mxfp4 import mxfp4_numbers
 from llmd.model.parallel import MXFP4_BLOCK, Piece, Rank
 from llmd.model.quantization import WeightScheme
 from llmd.model.quantized_layouts import Axis, StoredPart, cuts, entries, module_of, stored_weight
+from llmd_kernels import float4_numbers
 
 # In AutoAWQ's words the lowest 4 bits are of output 0, then 2, 4, 6, 1, 3, 5, 7: where output i of a word is.
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -25,7 +25,7 @@ AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 class UnpackedWeight:
     """A rank's part of a weight: scales[n, group of k] · (values[n, k] − zeros[n, group of k]).
 
-    MXFP4 has codes for values and exponents for scales, as `mxfp4_numbers` reads them.
+    MXFP4 has codes for values and exponents for scales, as `float4_numbers` reads them.
     """
 
     values: Tensor  # uint8 or float8_e4m3fn [N, K]
@@ -149,7 +149,7 @@ class _Source:
 def dequantize(weight: UnpackedWeight, scheme: WeightScheme, dtype: torch.dtype) -> Tensor:
     """[N, K] in `dtype`: bitwise what `llmd_kernels.dequantized` makes of the packed weight."""
     if scheme.layout == "mxfp4":
-        return mxfp4_numbers(weight.values, weight.scales, dtype)
+        return float4_numbers(weight.values, weight.scales, dtype)
     scales = _by_input(weight.scales, weight, scheme)
     if scheme.layout == "float8":
         return (weight.values.float() * scales.float()).to(dtype)
