@@ -172,13 +172,13 @@ class GpuRunner:
             size = self.captured.rows[bisect_left(self.captured.rows, len(rows))]
             return StepSize(size, size)
         index = bisect_left(self.captured.tokens, rows.total_tokens)
-        return (
-            StepSize(self.captured.max_rows, self.captured.tokens[index]) if index < len(self.captured.tokens) else None
-        )
+        if index == len(self.captured.tokens):
+            return None
+        return StepSize(self.captured.max_rows, self.captured.tokens[index])
 
     def _launch_captured(self, step_id: int, rows: StepRows, packed: PackedStep, size: StepSize) -> PendingStep:
-        is_decoding = size.max_tokens == size.max_rows
-        kind = StepKind(size, draws=packed.draws_plainly and is_decoding)
+        # with room for more rows than most steps of the size have, the head would compute what nobody draws from
+        kind = StepKind(size, draws=packed.draws_plainly and size.max_rows == size.max_tokens)
         self._allocate_bucket(size)
         self._stream.upload(packed.numbers, self._sent.numbers)
         self._steps.run(kind)
